@@ -27,8 +27,7 @@ from .formats import arrow
 from .formats import arrow_columns as tables
 from .formats.webdataset import KEY
 from .row_values import ID_COLUMNS, MetadataFile, metadata_of_shards, with_json_fields
-from .shard import Shard
-from .shard_writer import FormatWriter
+from .shard import FormatWriter, Shard
 
 BATCH_BYTES = 16 << 20  # a record batch or row group of the result
 # Keys of the schema of a table that describe its own columns, and not those of the result.

@@ -254,11 +254,12 @@ class Corpus:
             actual = f"batch_rows {batch_rows} and start {start}"
             raise ValueError(f"{self.path}: got {actual}, {expected}")
         first_rows = {number: max(0, int(skips[number])) for number in chosen}
-        numbers = [n for n in chosen if first_rows[n] < self.shards[n].num_rows]
-        batches = {
-            number: self.shards[number].read(first_rows[number], batch_rows) for number in numbers
-        }
-        return (Batch(number, *batch) for number in numbers for batch in batches[number])
+        return (
+            Batch(number, *batch)
+            for number, first in first_rows.items()
+            if first < self.shards[number].num_rows
+            for batch in self.shards[number].read(first, batch_rows)
+        )
 
     def take(self, ids: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Return the rows `ids` of the corpus, `[len(ids), D]`, in their order.

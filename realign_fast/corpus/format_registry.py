@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 from ..storage.paths import StoragePath, explained, map_concurrently, natural_order
 from .formats import archives, arrow, npy, parquet, pickle_list, safetensors, webdataset
-from .shard import Shard
-from .shard_writer import FormatWriter
+from .shard import FormatWriter, Shard
 
 UNFINISHED = ".converting"  # a folder that has this file lacks shards of a conversion
 # Written by this package beside shards.

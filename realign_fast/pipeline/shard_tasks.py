@@ -19,8 +19,7 @@ from torch import Tensor
 from ..align import ReAlign
 from ..corpus.convert import table_writer
 from ..corpus.corpus import Batch, Corpus
-from ..corpus.shard import Shard
-from ..corpus.shard_writer import FormatWriter
+from ..corpus.shard import FormatWriter, Shard
 from ..interface.devices import check_device
 from ..interface.option_values import OptionError
 from ..moments import Moments, good_rows

@@ -315,7 +315,8 @@ def test_what_is_unusual_is_refused(tmp_path, name):
         ValueError, match=rf"{path}: row 0 under 'embed' is an? .*: pickle it again"
     ):
         Corpus(path, allow_pickle=True)
-    assert pickle_list._places(path, storage_path(path).stamp(), pickle_list.DEFAULTS) is None
+    arguments = storage_path(path).stamp(), pickle_list.DEFAULTS, str(path)
+    assert pickle_list._located(path, *arguments) is None
 
 
 UTF8 = [b"\xc3\xa9", b"\xc1\x81", b"\xe0\x80\x80", b"\xed\xa0\x80", b"\xed\x9f\xbf"]

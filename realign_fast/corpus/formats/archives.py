@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from ...storage.paths import Stamp, StoragePath, explained
-from ..shard import MAX_COLUMNS, TORCH_DTYPES, Shard, absolute, as_numpy, selected
-from ..shard_writer import FormatWriter
+from ..shard import MAX_COLUMNS, TORCH_DTYPES, FormatWriter, Shard, absolute, as_numpy, selected
 
 DEFAULT = "embedding"
 DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}

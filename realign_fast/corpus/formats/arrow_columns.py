@@ -23,8 +23,7 @@ import torch
 
 from ..._extras import import_extra
 from ...storage.paths import AnyPath, StoragePath, explained, output_path
-from ..shard import MAX_COLUMNS, Shard, selected
-from ..shard_writer import FormatWriter
+from ..shard import MAX_COLUMNS, FormatWriter, Shard, selected
 
 DEFAULT = "embedding"
 FLOATS = ("float16", "float32", "float64")

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from ...storage.paths import AnyPath, storage_path
-from ..shard import FLOATS, MAX_COLUMNS, ContiguousShard, check_size
-from ..shard_writer import FormatWriter
+from ..shard import FLOATS, MAX_COLUMNS, ContiguousShard, FormatWriter, check_size
 
 HEADER_BYTES = 8192  # no more of a header is ever read; numpy writes 128
 

@@ -26,8 +26,7 @@ import numpy as np
 from ...storage.paths import AnyPath, Stamp, StoragePath, explained
 from ..io_extension import io as _io
 from ..io_extension import reader_description
-from ..shard import Shard, absolute
-from ..shard_writer import FormatWriter
+from ..shard import FormatWriter, Shard, absolute
 
 MAX_BYTES = 4 << 30
 MAX_STEPS = 1 << 27  # opcodes of a file
@@ -59,7 +58,7 @@ class PickledShard(Shard):
     @property
     def places(self) -> Any:
         """Places of the rows in the file, as `_io.PickledRows`; None if the list is empty."""
-        return _places(self.path, self.stamp, self.names)
+        return _located(self.path, self.stamp, self.names, absolute(self.path))
 
     @property
     def built_entries(self) -> list[Any]:
@@ -159,7 +158,7 @@ class PickleCopy(FormatWriter):
 def read_shard(path: StoragePath, column: str | None = None) -> PickledShard:
     """Open a pickled list, which is read to its end; by default the rows are under `embed`."""
     stamp, names = path.stamp(), DEFAULTS if column is None else (column,)
-    if places := _places(path, stamp, names):
+    if places := _located(path, stamp, names, absolute(path)):
         name, dtype = names[places.name], np.dtype(f"<f{places.value_bytes}")
         return PickledShard(path, len(places), places.columns, dtype, name, stamp, names)
     entries = _entries(path, stamp, absolute(path))
@@ -209,7 +208,8 @@ def build(data: bytes) -> Any:
         raise ValueError(f"a value cannot be built ({fault})") from error
 
 
-def _places(path: StoragePath, stamp: Stamp, names: tuple[str, ...]) -> Any:
+@lru_cache(maxsize=REMEMBERED_FILES)
+def _located(path: StoragePath, stamp: Stamp, names: tuple[str, ...], place: str) -> Any:
     """Return where the rows lie in a file, under the first of `names` that row 0 has, or None.
 
     It is a ValueError if the file is not plain data, or nothing is compiled that could check it.
@@ -220,11 +220,6 @@ def _places(path: StoragePath, stamp: Stamp, names: tuple[str, ...]) -> Any:
     if stamp[0] > MAX_BYTES:
         problem = f"has {stamp[0]} bytes, and a pickle can only be read whole"
         raise ValueError(f"{path}: {problem}: expected at most {MAX_BYTES}; split it")
-    return _located(path, stamp, names, absolute(path))
-
-
-@lru_cache(maxsize=REMEMBERED_FILES)
-def _located(path: StoragePath, stamp: Stamp, names: tuple[str, ...], place: str) -> Any:
     keys = tuple(name.encode(errors="surrogatepass") for name in names)
     with _opened(path, stamp) as descriptor, _plain(path):
         return _io.PickledRows(descriptor, stamp[0], keys, MAX_STEPS) or None

@@ -22,10 +22,10 @@ from ..shard import (
     BFloat16,
     ContiguousShard,
     Dtype,
+    FormatWriter,
     check_size,
     selected,
 )
-from ..shard_writer import FormatWriter
 
 MAX_HEADER = 100 << 20  # the limit of the safetensors library
 DEFAULT = "embedding"

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from ...storage.paths import AnyPath, StoragePath, explained, storage_path
-from ..shard import FLOATS, MAX_COLUMNS, Shard, selected
-from ..shard_writer import FormatWriter
+from ..shard import FLOATS, MAX_COLUMNS, FormatWriter, Shard, selected
 from .npy import HEADER_BYTES
 
 DEFAULT = "embedding.npy"
