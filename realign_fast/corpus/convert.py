@@ -22,7 +22,7 @@ from ..interface.option_values import OptionError
 from ..storage.paths import AnyPath, StoragePath, output_path, write_whole
 from . import layout
 from .corpus import Batch, Corpus
-from .format_registry import FORMATS, UNFINISHED, shard_paths
+from .format_registry import FORMATS
 from .formats import arrow
 from .formats import arrow_columns as tables
 from .formats.webdataset import KEY
@@ -69,7 +69,7 @@ def convert(
     if corpus.path.is_dir():  # one file may become another beside it
         layout.check_apart(out, corpus)
     described = metadata_of_shards(corpus) if corpus.subfolder else {}
-    mark = out / UNFINISHED
+    mark = out / layout.UNFINISHED
     finished = _begin(corpus, mark, [to, str(dtype), corpus.column, batch_bytes])
     for index, (shard, path) in enumerate(zip(corpus.shards, paths, strict=True)):
         if path.name in finished:
@@ -94,7 +94,7 @@ def _begin(corpus: Corpus, mark: StoragePath, settings: list[Any]) -> set[str]:
         [str(shard.path), shard.num_rows, *map(str, shard.path.stamp())] for shard in corpus.shards
     ]
     identity = json.dumps([settings, shards])
-    present = shard_paths(out) if out.exists() else []
+    present = layout.shard_paths(out) if out.exists() else []
     if mark.is_file() and mark.read_bytes().decode() == identity:
         return {path.name for path in present}
     if present:

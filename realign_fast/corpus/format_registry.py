@@ -16,14 +16,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from ..storage.paths import StoragePath, explained, map_concurrently, natural_order
+from ..storage.paths import StoragePath, map_concurrently
 from .formats import archives, arrow, npy, parquet, pickle_list, safetensors, webdataset
 from .shard import FormatWriter, Shard
 
-UNFINISHED = ".converting"  # a folder that has this file lacks shards of a conversion
 # Written by this package beside shards.
 NOT_SHARDS = {"aligner.safetensors", "half.safetensors", "space.safetensors"}
-ONLY_ALONE = {"npz", "pt"}  # such files are shards of a folder that holds no others
 LEFT_BY_DATASETS = re.compile(r"cache-[0-9a-f]{16}.*\.arrow")  # beside shards, by its `map`
 
 CONVERSIONS = "decompress it, or convert it as the page `formats` of the documentation shows"
@@ -63,23 +61,6 @@ def format_of(name: str) -> str | None:
 def is_output_shard(name: str) -> bool:
     """Return whether a file of an output is a shard, and none that other programs left there."""
     return format_of(name) is not None and not LEFT_BY_DATASETS.fullmatch(name)
-
-
-def shard_paths(folder: StoragePath) -> list[StoragePath]:
-    """Return the shards in a folder, in natural order; they must be of one format."""
-    with explained(folder):
-        if (folder / arrow.DATASET_STATE).is_file():
-            return arrow.data_files(folder)
-        paths = [path for path in folder.iterdir() if format_of(path.name)]
-    paths = [path for path in paths if not LEFT_BY_DATASETS.fullmatch(path.name)] or paths
-    paths = [path for path in paths if format_of(path.name) not in ONLY_ALONE] or paths
-    paths.sort(key=lambda path: natural_order(path.name))
-    first_of_format = {format_of(path.name): path for path in reversed(paths)}
-    if len(first_of_format) > 1:
-        names = " and ".join(path.name for path in first_of_format.values())
-        advice = f"move one kind away, or give the glob '{folder / '*'}' to read both"
-        raise ValueError(f"{folder}: has {names}; a folder holds one format: {advice}")
-    return paths
 
 
 def read_shards(

@@ -13,7 +13,7 @@ from .._libraries import PACKAGE, build_info, why_not_loaded
 from .._startup import is_own_command
 
 io: Any = None
-_survives = False
+survives_lost_pages = False  # whether `survive_lost_pages` was called here, and had an effect
 _why_not_io = "the native reader was not built for this Python"
 _spec = find_spec(f"{PACKAGE.name}._io")
 if _spec and _spec.origin:
@@ -38,15 +38,10 @@ def survive_lost_pages() -> None:
     Pages are lost when another process makes a file shorter, or its disk fails. This installs a
     handler of SIGBUS, so only the processes of commands call it, and those of users who want it.
     """
-    global _survives
+    global survives_lost_pages
     if io:
         io.survive_lost_pages()
-        _survives = True
-
-
-def survives_lost_pages() -> bool:
-    """Return whether `survive_lost_pages` was called in this process, and had an effect."""
-    return _survives
+        survives_lost_pages = True
 
 
 if is_own_command():

@@ -15,22 +15,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..interface.option_values import Modality as Modality
 from ..interface.option_values import OptionError
-from ..storage.paths import StoragePath, natural_order, storage_path
-from .format_registry import (
-    CONVERSIONS,
-    ONLY_ALONE,
-    UNFINISHED,
-    format_of,
-    read_shards,
-    shard_paths,
-)
+from ..storage.paths import StoragePath, explained, natural_order, storage_path
+from .format_registry import CONVERSIONS, LEFT_BY_DATASETS, format_of, read_shards
+from .formats import arrow
 
 if TYPE_CHECKING:
     from .corpus import Corpus
 
 SUBFOLDERS = {"text": "text_emb", "image": "img_emb"}
 METADATA = "metadata"
-METADATA_SUFFIXES = (".jsonl", ".parquet")
+UNFINISHED = ".converting"  # a folder that has this file lacks shards of a conversion
+ONLY_ALONE = {"npz", "pt"}  # such files are shards of a folder that holds no others
 LISTED_NAMES = 5  # in one message
 
 Paths: TypeAlias = Sequence[StoragePath]
@@ -49,6 +44,23 @@ def corpus_path(path: Any) -> StoragePath:
     if not str(path):
         raise ValueError("Corpus: got an empty path; name a directory or a .npy file")
     return storage_path(path)
+
+
+def shard_paths(folder: StoragePath) -> list[StoragePath]:
+    """Return the shards in a folder, in natural order; they must be of one format."""
+    with explained(folder):
+        if (folder / arrow.DATASET_STATE).is_file():
+            return arrow.data_files(folder)
+        paths = [path for path in folder.iterdir() if format_of(path.name)]
+    paths = [path for path in paths if not LEFT_BY_DATASETS.fullmatch(path.name)] or paths
+    paths = [path for path in paths if format_of(path.name) not in ONLY_ALONE] or paths
+    paths.sort(key=lambda path: natural_order(path.name))
+    first_of_format = {format_of(path.name): path for path in reversed(paths)}
+    if len(first_of_format) > 1:
+        names = " and ".join(path.name for path in first_of_format.values())
+        advice = f"move one kind away, or give the glob '{folder / '*'}' to read both"
+        raise ValueError(f"{folder}: has {names}; a folder holds one format: {advice}")
+    return paths
 
 
 def matching_shards(pattern: StoragePath) -> list[StoragePath]:
@@ -146,13 +158,6 @@ def shards_of(folder: StoragePath) -> list[StoragePath]:
         problem += f", only folders ({some(sorted(nested))})"
         advice = "open one of them, or give a glob of shards"
     raise FileNotFoundError(f"{folder}: {problem}; {advice}")
-
-
-def metadata_files(folder: StoragePath) -> list[StoragePath]:
-    """Return the files of ids and captions in a folder `metadata/`, one of each stem."""
-    files = [path for path in folder.iterdir() if path.suffix in METADATA_SUFFIXES]
-    visible = [path for path in sorted(files, reverse=True) if not path.name.startswith(".")]
-    return [*{path.stem: path for path in visible}.values()]
 
 
 def check_apart(out: StoragePath, corpus: Corpus, subfolder: str = "") -> None:

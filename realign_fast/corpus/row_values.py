@@ -19,13 +19,14 @@ import numpy as np
 
 from ..storage.paths import StoragePath, explained, storage_path
 from .formats.arrow_columns import decoded, pyarrow
-from .layout import METADATA, metadata_files, paired
+from .layout import METADATA, paired
 from .shard import Shard, selected
 
 if TYPE_CHECKING:
     from .corpus import Corpus
 
 ID_COLUMNS = ("id", "key", "__key__")
+SUFFIXES = (".jsonl", ".parquet")  # of the files in `metadata/`
 METADATA_ROWS = 1024  # of a file of `metadata/` at a time
 # A root or its metadata/, "row" for the numbers of the rows, or None for the corpus itself.
 ValueSource = str | os.PathLike[str] | None
@@ -148,7 +149,9 @@ def value_files(corpus: Corpus, ids: ValueSource) -> list[StoragePath]:
         return []
     root = corpus.path if ids is None else storage_path(ids)
     folder = root if root.name == METADATA else root / METADATA
-    files = metadata_files(folder) if folder.is_dir() else []
-    if ids is not None and not files:
+    paths = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+    visible = [path for path in paths if path.suffix in SUFFIXES and path.name[0] != "."]
+    if ids is not None and not visible:
         raise ValueError(f"{ids}: has no metadata/; name a clip-retrieval root or its metadata/")
-    return [path for path in files if path.is_file()]
+    one_of_each_stem = {path.stem: path for path in visible}
+    return [path for path in one_of_each_stem.values() if path.is_file()]

@@ -408,7 +408,7 @@ class FormatWriter:
             try:
                 view = view[self._file.write(view[:WRITE_BYTES]) :]
             except OSError as error:
-                if error.errno != errno.EFAULT or not io_extension.survives_lost_pages():
+                if error.errno != errno.EFAULT or not io_extension.survives_lost_pages:
                     raise
                 bytes(view[:1])  # a page of the source is lost: this makes it zeros, and its
                 # reader reports it before the file is complete
