@@ -1,11 +1,8 @@
 """A corpus: a directory of embedding shards, read as batches of rows or row by row.
 
-A shard is a file of rows `[N, D]` in one of the formats of `format_registry.py`. A corpus is a
-shard, a directory of them, a Hugging Face dataset on disk, or one side of a clip-retrieval root
-(`layout.py`), at a local path or at any URL of fsspec; or the shards of a glob or list. Memory is
-bounded by the batch and by `shard.BLOCK_BYTES` (for URLs: by the requests in flight), never by the
-corpus. The exceptions are `.npz` files, and pickled lists: 4 bytes a row, or a whole file for
-unusual ones.
+Memory is bounded by the batch and by `shard.BLOCK_BYTES` (for URLs: by the requests in flight),
+never by the corpus. The exceptions are `.npz` files, and pickled lists: 4 bytes a row, or a whole
+file for unusual ones.
 
 >>> corpus = Corpus("embeddings/", modality="text")
 >>> for batch in corpus.batches(batch_rows=1024):
@@ -44,10 +41,7 @@ class Batch(NamedTuple):
 
 
 def common_encoder(*sides: tuple[object, str | None]) -> str | None:
-    """Return the `Corpus.encoder` of all sides that know theirs.
-
-    A ValueError names two whose weights differ.
-    """
+    """Return the encoder of all sides that know theirs; a ValueError names two that differ."""
     known = [(side, encoder) for side, encoder in sides if encoder]
     for side, encoder in known[1:]:
         if encoder.split()[-1] != known[0][1].split()[-1]:
@@ -65,8 +59,9 @@ class Corpus:
     from a shard goes to `OUT / corpus.subfolder / shard.path.name`.
 
     Args:
-        path: a shard, a directory of shards or a clip-retrieval root, a local path or a URL; or a
-            glob of shards (`parts/*/text_emb/*.npy`, `s3://bucket/train-*.parquet`) or their list.
+        path: a shard, a directory of shards, a Hugging Face dataset on disk or a clip-retrieval
+            root, a local path or a URL of fsspec; or a glob of shards (`parts/*/text_emb/*.npy`,
+            `s3://bucket/train-*.parquet`) or their list.
         modality: the side of a clip-retrieval root that has both, `text_emb/` or `img_emb/`;
             other directories and files need none.
         column: name of the rows in formats with columns; None is `embedding`.
@@ -182,7 +177,6 @@ class Corpus:
         return taken if numbers.ndim else taken[0]
 
     def _slice(self, start: int, stop: int) -> torch.Tensor:
-        """Return the rows `start..stop` of the corpus."""
         rows = torch.empty(max(0, stop - start), self.dimension, dtype=self.dtype)
         for batch in self.batches(None, start=start) if len(rows) else ():
             first = int(self.starts[batch.shard]) + batch.first - start

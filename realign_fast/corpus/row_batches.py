@@ -64,10 +64,9 @@ def batches(rows: Rows, name: str, batch_rows: int) -> Iterator[RowBatch]:
 
 
 def opened(rows: Any, name: str) -> Any:
-    """Return the corpus at a path; any other object as it is, but a table is a TypeError.
+    """Return the corpus at a path; any other object as it is.
 
-    The error begins with `name` and says how to convert the table: nothing says which of its
-    columns are the numbers.
+    A table is a TypeError that begins with `name`: nothing says which columns are the numbers.
     """
     if isinstance(rows, (str, os.PathLike)):
         return Corpus(rows)
@@ -77,10 +76,7 @@ def opened(rows: Any, name: str) -> Any:
 
 
 def tensor_of(name: str, rows: object, argument: str = "rows") -> Tensor:
-    """Return the rows of a tensor, an array or a corpus, which is read whole, as a tensor [N, D].
-
-    Errors are those of `_argument_checks.tensor_of` and of `Corpus`.
-    """
+    """Return the rows of a tensor, an array or a corpus, which is read whole, as [N, D]."""
     return rows[:] if isinstance(rows, Corpus) else array_tensor(name, rows, argument)
 
 

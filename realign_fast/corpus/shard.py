@@ -124,24 +124,19 @@ class Shard(ABC):
 
     def _batches_of(self, pieces: Iterator[np.ndarray], first: int, batch_rows: int) -> Batches:
         """Cut pieces into batches; a batch is a view of a writable piece that holds all of it."""
-        row, filled, batch = first, 0, np.empty(0)
+        row, missing, parts = first, 0, list[np.ndarray]()
         for piece in pieces:
             while len(piece):
-                count = min(batch_rows - row % batch_rows, self.num_rows - row)
-                if not count:
+                missing = missing or min(batch_rows - row % batch_rows, self.num_rows - row)
+                if not missing:
                     raise self.changed_error()
-                if not filled and piece.flags.writeable and len(piece) >= count:
-                    yield row, torch.from_numpy(piece[:count]).view(self.torch_dtype)
-                    piece, row = piece[count:], row + count
-                    continue
-                if not filled:
-                    batch = np.empty((count, piece.shape[1]), piece.dtype)
-                part = piece[: count - filled]
-                batch[filled : filled + len(part)] = part
-                piece, filled = piece[len(part) :], filled + len(part)
-                if filled == count:
+                parts.append(piece[:missing])
+                piece, missing = piece[missing:], missing - len(parts[-1])
+                if not missing:
+                    is_view = len(parts) == 1 and parts[0].flags.writeable
+                    batch = parts[0] if is_view else np.concatenate(parts)
                     yield row, torch.from_numpy(batch).view(self.torch_dtype)
-                    row, filled, batch = row + count, 0, np.empty(0)
+                    row, parts = row + len(batch), []
         if row != self.num_rows:
             raise self.changed_error()
 
@@ -221,7 +216,6 @@ class ContiguousShard(Shard):
             yield file
 
     def read(self, first: int, batch_rows: int) -> Batches:
-        """Yield views of the mapped file, or of ranges that were read; see `Shard.read`."""
         is_aligned = self.offset % self.dtype.itemsize == 0
         if self.path.is_remote or not (io_extension.io and is_aligned):
             return super().read(first, batch_rows)
@@ -246,11 +240,9 @@ class ContiguousShard(Shard):
         return taken
 
     def rows_read(self, ids: np.ndarray) -> int:
-        """Return the number of rows, which are read alone; see `Shard.rows_read`."""
         return len(ids)
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
-        """Yield the bytes of ranges that are read ahead; see `Shard.pieces`."""
         step = max(1, read_ahead.PIECE_BYTES // self.row_bytes)
         starts = range(first, self.num_rows, step)
         return self._ranges([(row, min(row + step, self.num_rows)) for row in starts])
@@ -370,23 +362,16 @@ class FormatWriter:
                 self._started += size
         self.written += len(rows)
 
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, _: object
-    ) -> None:
-        with explained(self.path):
-            if error is None and self.written == self.num_rows:
-                with self._pending:
-                    self._finish()
-                    self._buffered.flush()
-                return
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None and self.written == self.num_rows:
+            with explained(self.path), self._pending:
+                self._finish()
+                self._buffered.flush()
+            return
+        with self._pending:
+            self._abandon()
             counts = f"got {self.written} rows, expected {self.num_rows}"
-            error = error or ValueError(f"{self.path}: {counts}; nothing was kept")
-            try:
-                self._abandon()
-            finally:
-                self._pending.__exit__(type(error), error, error.__traceback__)
-        if error_type is None:
-            raise error
+            raise error or ValueError(f"{self.path}: {counts}; nothing was kept")
 
     def _begin(self) -> None:
         """Write what stands before the rows to `self._file`, unbuffered, or to `self._buffered`."""

@@ -1,10 +1,9 @@
 """Sources of images and texts: items to embed, in a fixed order, without a list of all in memory.
 
 A :class:`Source` walks its files in natural order and counts their items. A shard of the result is
-a range of items, so its rows depend on the source and on ``shard_rows`` alone. There is a function
-for each kind of files: folders and tars hold samples, which are the files or members of one name
-(an image, its caption and a json file); tables are parquet, jsonl, csv, tsv, txt and the paper's
-`dataset.json`. :func:`open_source` alone looks at what a path is.
+a range of items, so its rows depend on the source and on ``shard_rows`` alone. Folders and tars
+hold samples, which are the files or members of one name (an image, its caption and a json file);
+all other files are tables.
 
 An item says where its image lies, and decoding processes read it there (:func:`read_image`): a
 file, a member of a tar, or a row of a parquet file, whose column of images holds the bytes of image

@@ -230,7 +230,6 @@ class TableWriter(FormatWriter):
         self._table.write_table(pyarrow().Table.from_arrays(columns, schema=schema))
 
     def _next_columns(self, batches: Iterator[Any], count: int) -> list[Any]:
-        """Return the next `count` rows of the other columns."""
         parts, pa = [self._unwritten] if self._unwritten else [], pyarrow()
         while sum(map(len, parts)) < count:
             if (batch := next(batches, None)) is None:

@@ -150,12 +150,11 @@ def _end_of_chunks(file: Any, group: int, name: str) -> int:
     """Return the byte behind the column of this name in a row group, as the footer says."""
     columns = file.metadata.row_group(group)
     chunks = [columns.column(leaf) for leaf in range(columns.num_columns)]
-    ends = [
-        (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size
+    return max(
+        int((chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size)
         for chunk in chunks
         if chunk.path_in_schema.partition(".")[0] == name.partition(".")[0]
-    ]
-    return int(max(ends))
+    )
 
 
 @contextmanager

@@ -71,7 +71,6 @@ class TensorWriter(FormatWriter):
             self._copy(source.offset + source.num_rows * source.row_bytes, source.stamp[0])
 
     def _copy(self, start: int, end: int) -> None:
-        """Copy the bytes `start..end` of the source."""
         with self._source.opened() as file:
             for data in pieces(file.pread, start, end):
                 self._put(data)

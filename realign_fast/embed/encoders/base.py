@@ -1,9 +1,5 @@
 """The base class of encoders: images and texts become unit rows of one space.
 
-    encoder = load_encoder("ViT-B-32", "laion2b_s34b_b79k")  # open_clip
-    encoder = load_encoder("clip-vit-base-patch32/")  # a Hugging Face directory, CLIP or SigLIP
-    rows = encoder.embed_images([image, ...])  # [N, D] float32 on the CPU, of unit length
-
 The work has two halves: `prepare_image` and `prepare_texts` run in decoding processes on the CPU,
 `image_rows` and `text_rows` run the model on its device. Each library has a subclass in a file.
 """
@@ -34,12 +30,7 @@ Tokens = dict[str, torch.Tensor]  # [n, L] each, by the name of the text tower's
 class Encoder:
     """A CLIP-like model. A subclass sets the attributes below and has the four methods that raise.
 
-    Args:
-        device: "cpu", "cuda" or "cuda:N"; by default CUDA where there is a GPU.
-        precision: "fp32" or "bf16"; by default "bf16" on a GPU that has it, else "fp32".
-
-    Raises:
-        ValueError: no such device or precision.
+    For `device` and `precision` see :func:`load_encoder`; another value is a ValueError.
     """
 
     name: str  # as it was asked for

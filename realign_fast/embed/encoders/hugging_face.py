@@ -19,7 +19,7 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}
 class HuggingFaceEncoder(Encoder):
     """A CLIP or SigLIP model in `folder`: config, safetensors, processor and tokenizer files.
 
-    Code in the directory is not run. For `device` and `precision` see :class:`Encoder`.
+    Code in the directory is not run. For `device` and `precision` see :func:`load_encoder`.
     ValueError, OSError or ImportError if the directory cannot be loaded.
     """
 

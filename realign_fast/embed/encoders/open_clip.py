@@ -15,7 +15,7 @@ from .base import Encoder, StrPath, Tokens, file_digests, loading
 
 
 class OpenClipEncoder(Encoder):
-    """An open_clip model. For `device` and `precision` see :class:`Encoder`.
+    """An open_clip model. For `device` and `precision` see :func:`load_encoder`.
 
     Args:
         model: its name, a JSON config, or a directory with `open_clip_config.json` and weights.
