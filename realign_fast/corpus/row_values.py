@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..storage.paths import StoragePath, explained, storage_path
+from ..storage.paths import AnyPath, StoragePath, explained, storage_path
 from .formats.arrow_columns import decoded, pyarrow
 from .layout import METADATA, paired
 from .shard import Shard, selected
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 ID_COLUMNS = ("id", "key", "__key__")
 SUFFIXES = (".jsonl", ".parquet")  # of the files in `metadata/`
-METADATA_ROWS = 1024  # of a file of `metadata/` at a time
+ENTRIES_AT_ONCE = 1024  # of a parquet file
+HEAD_BYTES = 1024  # in which a JSON list has its bracket
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A root or its metadata/, "row" for the numbers of the rows, or None for the corpus itself.
 ValueSource = str | os.PathLike[str] | None
 
@@ -51,32 +53,45 @@ class MetadataFile:
     def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, Any]]:
         """Yield the entry of each row; a ValueError if they are not row-aligned."""
         count = 0
-        with explained(self.path), self.path.open("rb") as file:
-            read = self._table_entries if self.path.suffix == ".parquet" else self._line_entries
-            for count, entry in enumerate(read(file, only), 1):
-                if count > self.num_rows:
-                    break
-                yield entry
+        for count, entry in enumerate(read_entries(self.path, only), 1):
+            if not isinstance(entry, dict):
+                found = f"entry {count - 1} is {entry!r:.40}, expected a JSON object"
+                raise ValueError(f"{self.path}: {found}; write it again")
+            if count > self.num_rows:
+                break
+            yield entry
         if count != self.num_rows:
             found = f"more than {self.num_rows}" if count > self.num_rows else count
             counts = f"has {found} entries, its shard has {self.num_rows} rows"
             advice = "they must be row-aligned; or convert the folder of the rows alone"
             raise ValueError(f"{self.path}: {counts}: {advice}")
 
-    def _table_entries(self, file: Any, only: Collection[str]) -> Iterator[dict[str, Any]]:
-        with decoded(self.path, file):
-            table = pyarrow().parquet.ParquetFile(file)
-            names = selected(table.schema_arrow.names, only)
-            for batch in table.iter_batches(METADATA_ROWS, columns=names):
-                yield from batch.to_pylist()
 
-    def _line_entries(self, file: Any, _: Collection[str]) -> Iterator[dict[str, Any]]:
-        for number, line in enumerate(file, 1):
+def read_entries(path: AnyPath, only: Collection[str] = ()) -> Iterator[Any]:
+    """Yield every entry of a parquet file, of JSON lines, or of one JSON list, which is held whole.
+
+    Of parquet it reads the columns that are `selected` by `only`. ValueError if the file cannot be
+    decoded.
+    """
+    path = storage_path(path)
+    with explained(path), path.open("rb") as file:
+        if path.suffix.lower() == ".parquet":
+            with decoded(path, file):
+                table = pyarrow().parquet.ParquetFile(file)
+                names = selected(table.schema_arrow.names, only)
+                for batch in table.iter_batches(ENTRIES_AT_ONCE, columns=names):
+                    yield from batch.to_pylist()
+            return
+        is_list = file.read(HEAD_BYTES).lstrip(BYTE_ORDER_MARK + b" \t\r\n").startswith(b"[")
+        file.seek(0)
+        texts = [file.read()] if is_list else filter(bytes.strip, file)
+        for number, text in enumerate(texts):
             try:
-                entry = {**json.loads(line)}
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{self.path}: line {number}: {error}") from error
-            yield entry
+                entry = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                place = "not a JSON list" if is_list else f"entry {number}: is no JSON"
+                raise ValueError(f"{path}: {place} ({error}); write the file again") from error
+            yield from entry if is_list else [entry]
 
 
 def metadata_of_shards(

@@ -13,19 +13,11 @@ LLaVA, if others follow it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from ..corpus.formats.arrow_columns import decoded, pyarrow
-from ..storage.paths import explained
 
 IMAGE_MARK = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("user", "assistant", "system")}
 Turn = tuple[str, str]  # (a value of ROLES, text)
-_HEAD_BYTES = 1024  # in which a list has its bracket
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Sample(NamedTuple):
@@ -38,35 +30,12 @@ class Sample(NamedTuple):
     skipped_turns: int = 0  # answers before the first question
 
 
-def read_entries(path: Path) -> Iterator[Any]:
-    """Yield every entry of a parquet file, of JSON lines, or of one JSON list, which is held whole.
-
-    ValueError if the file cannot be decoded.
-    """
-    with explained(path), open(path, "rb") as file:
-        if path.suffix.lower() == ".parquet":
-            with decoded(path):
-                for batch in pyarrow().parquet.ParquetFile(file).iter_batches(1024):
-                    for row in batch.to_pylist():
-                        yield {name: value for name, value in row.items() if value is not None}
-            return
-        is_list = file.read(_HEAD_BYTES).lstrip(_BYTE_ORDER_MARK + b" \t\r\n").startswith(b"[")
-        file.seek(0)
-        texts = [file.read()] if is_list else filter(bytes.strip, file)
-        for number, text in enumerate(texts):
-            try:
-                entry = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                place = "not a JSON list" if is_list else f"entry {number}: is no JSON"
-                raise ValueError(f"{path}: {place} ({error}); write the file again") from error
-            yield from entry if is_list else [entry]
-
-
 def read_sample(entry: Any, place: str) -> Sample:
     """Return an entry, validated; a ValueError begins with its `place`, a file and a position."""
     if not isinstance(entry, dict):
         expected = 'expected an object such as {"id": "0", "caption": "a dog"}'
         raise ValueError(f"{place}: is a {type(entry).__name__}, {expected}")
+    entry = {name: value for name, value in entry.items() if value is not None}  # as of parquet
     sample_id = "" if entry.get("id") is None else str(entry["id"])
     entry_turns = entry.get("conversations") or entry.get("messages") or []
     turns = [_parse_turn(turn, place) for turn in entry_turns]

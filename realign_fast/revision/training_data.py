@@ -35,13 +35,13 @@ from ..align import ReAlign
 from ..corpus import Corpus, ShardWriter
 from ..corpus.corpus import common_encoder
 from ..corpus.layout import SUBFOLDERS
-from ..corpus.row_values import ValueSource, column_values, value_files
+from ..corpus.row_values import ValueSource, column_values, read_entries, value_files
 from ..corpus.shard import ContiguousShard
 from ..interface.option_values import Modality
 from ..shared_space import SharedSpace
 from ..storage.atomic import replaced
 from ..storage.paths import StoragePath, explained, records_of, storage_path, write_json
-from .conversation_files import Sample, read_entries, read_sample
+from .conversation_files import Sample, read_sample
 from .model import SPACE
 from .templates import FAULTS, IGNORED_LABEL, Template
 

@@ -24,13 +24,13 @@ import torch
 from safetensors.torch import save
 
 from realign_fast import Corpus, Moments, ReAlign, SharedSpace
-from realign_fast.corpus.row_values import column_values
+from realign_fast.corpus.row_values import column_values, read_entries
 from realign_fast.frame import FixedFrame
 from realign_fast.pipeline.align_run import align
 from realign_fast.pipeline.manifest import read_manifest
 from realign_fast.pipeline.settings import Settings
 from realign_fast.pipeline.verify import verify
-from realign_fast.revision.conversation_files import read_entries, read_sample
+from realign_fast.revision.conversation_files import read_sample
 from realign_fast.storage.paths import storage_path
 
 ROWS = np.random.default_rng(0).standard_normal((7, 8)).astype("f4")
