@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,8 +55,8 @@ class MetadataFile:
         count = 0
         for count, entry in enumerate(read_entries(self.path, only), 1):
             if not isinstance(entry, dict):
-                found = f"entry {count - 1} is {entry!r:.40}, expected a JSON object"
-                raise ValueError(f"{self.path}: {found}; write it again")
+                fault = f"entry {count - 1} is {entry!r:.40}, expected a JSON object"
+                raise ValueError(f"{self.path}: {fault}; write it again")
             if count > self.num_rows:
                 break
             yield entry
@@ -79,7 +79,7 @@ def read_entries(path: AnyPath, only: Collection[str] = ()) -> Iterator[Any]:
             with decoded(path, file):
                 table = pyarrow().parquet.ParquetFile(file)
                 names = selected(table.schema_arrow.names, only)
-                for batch in table.iter_batches(ENTRIES_AT_ONCE, columns=names):
+                for batch in table.iter_batches(ENTRIES_AT_ONCE, columns=names, use_threads=False):
                     yield from batch.to_pylist()
             return
         is_list = file.read(HEAD_BYTES).lstrip(BYTE_ORDER_MARK + b" \t\r\n").startswith(b"[")
@@ -164,9 +164,9 @@ def value_files(corpus: Corpus, ids: ValueSource) -> list[StoragePath]:
         return []
     root = corpus.path if ids is None else storage_path(ids)
     folder = root if root.name == METADATA else root / METADATA
-    paths = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+    paths: Iterable[StoragePath] = folder.iterdir() if folder.is_dir() else ()
     visible = [path for path in paths if path.suffix in SUFFIXES and path.name[0] != "."]
     if ids is not None and not visible:
         raise ValueError(f"{ids}: has no metadata/; name a clip-retrieval root or its metadata/")
-    one_of_each_stem = {path.stem: path for path in visible}
+    one_of_each_stem = {path.stem: path for path in sorted(visible, reverse=True)}
     return [path for path in one_of_each_stem.values() if path.is_file()]

@@ -21,12 +21,13 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..corpus.formats.arrow_columns import decoded, pyarrow
 from ..corpus.formats.webdataset import opened_tar, samples
+from ..corpus.row_values import read_entries
 from ..storage.paths import natural_order
 from .decode import SUFFIXES, Unreadable
 
@@ -269,8 +270,8 @@ def _table_items(
         types = {field.name: str(field.type) for field in table.schema_arrow}
         names = _names(file, [*types], content, columns)
         inside = bool(names.image) and types[str(names.image)] not in ("string", "large_string")
-        read = {names.id, names.caption, None if inside else names.image} - {None}
-        rows = _parquet_rows(file, table, sorted(map(str, read)))
+        read = set(filter(None, (names.id, names.caption, None if inside else names.image)))
+        rows = read_entries(file, read) if read else repeat({}, table.metadata.num_rows)
     for number, row in enumerate(rows):
         names = names or _names(file, list(row), content, columns)
         name, caption, image = (row.get(name) for name in names)
@@ -283,12 +284,6 @@ def _table_items(
             failure = f"no image: {names.image} is {image!r:.40}, expected a path"
             item = item._replace(failure=failure)
         yield _with_caption(content, item, caption)
-
-
-def _parquet_rows(path: Path, table: Any, columns: list[str]) -> Iterator[dict[Any, Any]]:
-    with decoded(path):
-        for batch in table.iter_batches(1024, columns=columns, use_threads=False):
-            yield from batch.to_pylist() if columns else [{}] * len(batch)
 
 
 def _names(file: Path, present: list[str], content: Content, columns: Columns) -> Columns:
