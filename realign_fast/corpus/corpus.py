@@ -96,11 +96,9 @@ class Corpus:
             problem = "has no row that is a vector, so nothing says its dimension"
             raise ValueError(f"{shards[0].path}: {problem}; leave it out or write it")
         # Lists without a row, such as an empty part that Spark wrote, do not say their dimension.
+        shape: dict[str, Any] = {"dimension": first.dimension, "dtype": first.dtype}
         self.shards = tuple(
-            shard
-            if shard.dimension
-            else replace(shard, dimension=first.dimension, dtype=first.dtype)
-            for shard in shards
+            shard if shard.dimension else replace(shard, **shape) for shard in shards
         )
         for shard in self.shards:
             if (shard.dimension, shard.dtype) != (first.dimension, first.dtype):

@@ -308,6 +308,17 @@ def test_the_metadata_of_a_root_go_along(tmp_path, write):
         convert(Corpus(root, "text"), tmp_path / "more", "parquet")
 
 
+def test_a_line_of_metadata_is_an_object_or_blank(tmp_path):
+    root = write_root(tmp_path / "root", (2,), write_lines)
+    path = root / "metadata" / "metadata_0.jsonl"
+    path.write_text('{"id": "a"}\n\n{"id": "b"}\n')
+    assert list(Corpus(root, "text").ids()) == ["a", "b"]
+    for line, fault in (("[1, 2]", r"entry 1 is \[1, 2\], expected"), ("{", "entry 1: is no JSON")):
+        path.write_text('{"id": "a"}\n' + line)
+        with pytest.raises(ValueError, match=rf"metadata_0\.jsonl: {fault}"):
+            list(Corpus(root, "text").ids())
+
+
 def test_ids_of_a_pickle_are_those_of_the_rows_or_their_numbers_in_the_corpus(tmp_path):
     for number in range(2):
         save(tmp_path / "npy" / f"emb_{number}.npy", random_rows(2), "npy")
