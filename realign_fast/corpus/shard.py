@@ -34,6 +34,7 @@ MAX_COLUMNS = 1 << 24
 BLOCK_BYTES = 16 << 20  # more only where one batch is larger
 BLOCKS_AHEAD = 6  # with 2, reading and writing at once reaches a third of the rate
 THREADS = 1  # each brings in a whole block; two compete for the disk's read-ahead
+TAKEN_BYTES = 1 << 20  # that are decoded at a time to take rows out of them
 GAP_BYTES = 32 << 10  # between wanted rows: fewer bytes cost less to fetch than another request
 START_BYTES = 8 << 20  # written before the disk is told to start on them
 # Bytes of one write: the page cache holds larger ones in blocks of 2 MiB, and a virtual machine has
@@ -83,11 +84,6 @@ class Shard(ABC):
     def row_bytes(self) -> int:
         """Size of a row in bytes."""
         return self.dimension * int(self.dtype.itemsize)
-
-    @property
-    def mebibyte_rows(self) -> int:
-        """Rows in a mebibyte, at least one."""
-        return max(1, (1 << 20) // self.row_bytes)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -148,7 +144,8 @@ class Shard(ABC):
         taken, first = np.empty((len(ids), self.row_bytes), np.uint8), int(ids[0])
         self.check_unchanged()
         with self.noticing_changes():
-            self.copy_selected(self.pieces(first, self.mebibyte_rows), first, ids, taken)
+            step = max(1, TAKEN_BYTES // self.row_bytes)
+            self.copy_selected(self.pieces(first, step), first, ids, taken)
         self.check_unchanged()
         return taken
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from ...storage.paths import StoragePath, explained
 from ..io_extension import io as _io
-from ..shard import Shard
+from ..shard import TAKEN_BYTES, Shard
 from . import arrow_columns as tables
 
 BUFFER_BYTES = 1 << 20
@@ -101,7 +101,8 @@ class ParquetShard(tables.TableShard):
                     if self.path.is_remote:
                         raw.raw.ahead_until = _end_of_chunks(file, group, self.column)
                     row, wanted = int(ids[places.start]), slice(places.start, places.stop)
-                    rows = self._decoded(file, group, start, row, self.mebibyte_rows)
+                    step = max(1, TAKEN_BYTES // self.row_bytes)
+                    rows = self._decoded(file, group, start, row, step)
                     self.copy_selected(rows, row, ids[wanted], taken[wanted].view(np.uint8))
         self.check_unchanged()
         return taken.view(np.uint8)
