@@ -26,12 +26,7 @@ from .. import __version__, _startup
 from ..interface.option_values import OptionError, UnfinishedShards
 from ..storage.errors import explained, memory_explained
 from ..storage.paths import write_json
-from . import (  # noqa: F401
-    align_commands,
-    corpus_commands,
-    result_commands,
-    revision_commands,
-)
+from . import align_commands, corpus_commands, result_commands, revision_commands  # noqa: F401
 from . import options as opts
 from .app import COMMANDS, LOGGER, ExitCode, Result, command, escaped, unwritable_output, write
 

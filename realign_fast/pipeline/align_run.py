@@ -32,16 +32,7 @@ from ..storage.tensor_file import tensor_digest
 from .checkpoints import STATS, AnyMap, code_version, map_hash
 from .engines.local import Engine
 from .manifest import FORMAT, MANIFEST, read_manifest
-from .output import (
-    ALIGNER,
-    REPORT,
-    SPACE,
-    Written,
-    check_kept,
-    check_output,
-    check_place,
-    remove_reports,
-)
+from .output import ALIGNER, REPORT, SPACE, Written, check_output, remove_reports
 from .passes import LOGGER, Part, PassRunner
 from .sampling import measure_sample, sampling_errors
 from .settings import Settings
@@ -288,11 +279,7 @@ def align_work(
 ) -> Work:
     """Return the work of ``align``, without ``writes`` of ``fit``, with an aligner of ``apply``."""
     results, others = [Written(source, source.subfolder)], [target] if target is not None else []
-    if writes:
-        check_output(out, results, others)
-    else:
-        check_place(out, source, *others)
-        check_kept(out, results)
+    check_output(out, results, others, writes)
     measures, fitted_on = list[Measure](), "every row"
     if aligner is not None:
         check_columns(source, aligner)

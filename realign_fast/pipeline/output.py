@@ -48,19 +48,20 @@ def remove_reports(records: StoragePath) -> None:
 
 
 def check_output(
-    out: StoragePath, results: Sequence[Written], others: Sequence[Corpus] = ()
+    out: StoragePath, results: Sequence[Written], others: Sequence[Corpus] = (), writes: bool = True
 ) -> None:
     """Refuse an output in which rows, also of ``others`` that are read, would be lost or mixed."""
-    folders = [result.folder for result in results]
+    folders = [result.folder if writes else "" for result in results]
     for result in results:  # queries may be documents as well
         check_place(out, result.corpus, subfolders=folders)
     sides = [result.corpus for result in results if not result.pass_name.endswith("queries")]
     check_place(out, *sides, *others, subfolders=folders)
-    check_kept(out, results)
-    _check_shards(out, results)
+    _check_kept(out, results)
+    if writes:
+        _check_shards(out, results)
 
 
-def check_kept(out: StoragePath, results: Sequence[Written]) -> None:
+def _check_kept(out: StoragePath, results: Sequence[Written]) -> None:
     """Refuse to replace what a run on another source, or of the other family, left in ``out``."""
     stats, finished = records_of(out) / STATS, read_manifest(records_of(out))["passes"]
     begun = [name for name, is_folder in stats.listed() if is_folder] if stats.is_dir() else []
