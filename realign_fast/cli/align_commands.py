@@ -169,13 +169,9 @@ def _space_sides(options: opts.UnifyOptions) -> SpaceSides:
     role: Any = options.query_role or (space.query_role if space else "text")
     documents = {side: open_corpus(options, path, side) for side, path in paths.items()}
     of_root = role if role in _MODALITIES else None
+    queries = None if options.queries is None else open_corpus(options, options.queries, of_root)
     return SpaceSides(
-        documents,
-        open_corpus(options, options.queries, of_root) if options.queries is not None else None,
-        role,
-        options.layout or "single",
-        options.space_method or "auto",
-        space,
+        documents, queries, role, options.layout or "single", options.space_method or "auto", space
     )
 
 

@@ -99,14 +99,12 @@ def _of_rows(output: Output, missing: dict[str, str]) -> Facts:
         facts["cosines"] = _densities({stage: _cosines(rows) for stage, rows in stages.items()})
         facts["spectra"] = {stage: _spectra(rows) for stage, rows in stages.items()}
     if stages and has_two:
-        (y, x), (moved_y, moved_x) = (rows.values() for rows in stages.values())
+        samples = (side.float() for rows in stages.values() for side in rows.values())
+        y, x, moved_y, moved_x = samples
         few: Any = {"mixing_k": min(20, len(y) + len(x) - 1), "overlap_k": min(10, len(y) - 1)}
+        settings = metrics.GapSettings(**few)
         facts["figures"] = metrics.gap_report(
-            y.float(),
-            x.float(),
-            moved_y.float(),
-            aligned_target_rows=moved_x.float(),
-            settings=metrics.GapSettings(**few),
+            y, x, moved_y, aligned_target_rows=moved_x, settings=settings
         )
     facts["gap"] = _gaps(output, facts["figures"], missing)
     return facts
@@ -248,16 +246,11 @@ def _densities(stages: Mapping[str, Mapping[str, Tensor]]) -> Facts:
     values = torch.cat([side for rows in stages.values() for side in rows.values()])
     low, high = float(values.min()), float(values.max())
     width = (high - low) / _BINS or 1.0
-    return {
-        "places": low + width * (torch.arange(_BINS) + 0.5),
-        **{
-            stage: {
-                name: torch.histc(side, _BINS, low, high) / (len(side) * width)
-                for name, side in rows.items()
-            }
-            for stage, rows in stages.items()
-        },
-    }
+    densities: Facts = {"places": low + width * (torch.arange(_BINS) + 0.5)}
+    for stage, rows in stages.items():
+        counts = {name: torch.histc(side, _BINS, low, high) for name, side in rows.items()}
+        densities[stage] = {name: counts[name] / (len(side) * width) for name, side in rows.items()}
+    return densities
 
 
 def _spectra(rows: Mapping[str, Tensor]) -> Facts:

@@ -18,17 +18,5 @@ from .stages import TrainingConfig, finetune, pretrain
 from .templates import Chat, Plain
 from .training_data import Collator, prepare
 
-__all__ = [
-    "Chat",
-    "Collator",
-    "Plain",
-    "Projector",
-    "ReVisionConfig",
-    "ReVisionModel",
-    "TrainingConfig",
-    "caption_rows",
-    "evaluate",
-    "finetune",
-    "prepare",
-    "pretrain",
-]
+__all__ = ["Chat", "Collator", "Plain", "Projector", "ReVisionConfig", "ReVisionModel"]
+__all__ += ["TrainingConfig", "caption_rows", "evaluate", "finetune", "prepare", "pretrain"]

@@ -244,10 +244,9 @@ class ReVisionModel(nn.Module):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if not mask[:, -1].all():
             raise ValueError("ReVisionModel: generate needs padding on the left, got it right")
+        embeddings = self.splice(input_ids, image_rows, text_rows)
         tokens: Tensor = self.language_model.generate(
-            inputs_embeds=self.splice(input_ids, image_rows, text_rows),
-            attention_mask=mask,
-            **options,
+            inputs_embeds=embeddings, attention_mask=mask, **options
         )
         return tokens
 
