@@ -8,7 +8,7 @@ from ..interface.option_values import Modality, OptionError
 from ..storage.paths import output_path, records_of, storage_path
 from . import options as opts
 from .app import Result, command
-from .corpus_commands import open_corpus, shows_progress
+from .corpus_commands import open_corpora, open_corpus, shows_progress
 from .result_commands import with_report
 
 if TYPE_CHECKING:
@@ -68,8 +68,12 @@ def unify(options: opts.UnifyOptions, report_too: opts.WithReport = False) -> Re
 def _align(options: opts.FitOptions, writes: bool = True, report_too: bool = False) -> Result:
     from ..pipeline.align_run import align_work
 
-    source = open_corpus(options, options.source, "text")
-    target = open_corpus(options, options.target, "image", "target_column")
+    sides: list[tuple[str, Modality]] = [(options.source, "text"), (options.target, "image")]
+    if options.target_column:
+        source = open_corpus(options, *sides[0])
+        (target,) = open_corpora(options, sides[1], column_option="target_column")
+    else:
+        source, target = open_corpora(options, *sides)
     work = align_work(source, target, output_path(options.out), settings_from(options), writes)
     return _done(options, work, _summary, report_too)
 
@@ -167,9 +171,11 @@ def _space_sides(options: opts.UnifyOptions) -> SpaceSides:
             )
         space = SharedSpace.from_pretrained(storage_path(options.space))
     role: Any = options.query_role or (space.query_role if space else "text")
-    documents = {side: open_corpus(options, path, side) for side, path in paths.items()}
-    of_root = role if role in _MODALITIES else None
-    queries = None if options.queries is None else open_corpus(options, options.queries, of_root)
+    sides = [(path, side) for side, path in paths.items()]
+    if options.queries is not None:
+        sides.append((options.queries, role if role in _MODALITIES else None))
+    corpora = iter(open_corpora(options, *sides))
+    documents, queries = dict(zip(paths, corpora, strict=False)), next(corpora, None)
     return SpaceSides(
         documents, queries, role, options.layout or "single", options.space_method or "auto", space
     )

@@ -14,23 +14,28 @@ if TYPE_CHECKING:
     from ..corpus.corpus import Corpus
 
 
-def open_corpus(
-    options: opts.Reading, path: str, modality: Modality | None, column_option: str = "column"
-) -> Corpus:
+def open_corpus(options: opts.Reading, path: str, modality: Modality | None) -> Corpus:
     """Open a corpus; refuse the options of columns and modalities if it has none."""
+    return open_corpora(options, (path, modality))[0]
+
+
+def open_corpora(
+    options: opts.Reading, *sides: tuple[str, Modality | None], column_option: str = "column"
+) -> list[Corpus]:
+    """Open corpora, with the column of those that have columns; refuse it if none has."""
     from ..corpus.corpus import Corpus
 
-    own_column = getattr(options, column_option)
-    column = own_column or options.column
-    corpus = Corpus(path, modality, column=column, allow_pickle=options.allow_pickle)
-    if getattr(options, "modality", None) and not corpus.subfolder:
+    column, allow = getattr(options, column_option), options.allow_pickle
+    corpora = [Corpus(path, side, column=column, allow_pickle=allow) for path, side in sides]
+    if getattr(options, "modality", None) and not corpora[0].subfolder:
         raise OptionError(
-            f"{corpus.path}: is no clip-retrieval root (text_emb/, img_emb/); leave --modality out"
+            f"{corpora[0].path}: is no clip-retrieval root (text_emb/, img_emb/); "
+            "leave --modality out"
         )
-    if own_column and corpus.format == "npy":
+    if column and {shard.format for corpus in corpora for shard in corpus.shards} == {"npy"}:
         option = column_option.replace("_", "-")
-        raise ValueError(f"{corpus.path}: npy has no columns; leave --{option} out")
-    return corpus
+        raise ValueError(f"{corpora[0].path}: npy has no columns; leave --{option} out")
+    return corpora
 
 
 def shows_progress(options: opts.Common) -> bool:

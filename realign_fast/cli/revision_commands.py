@@ -14,7 +14,7 @@ from ..interface.option_values import DEFAULT_QUESTION, Modality, OptionError
 from ..storage.paths import local_path
 from . import options as opts
 from .app import LOGGER, Result, command, write
-from .corpus_commands import open_corpus
+from .corpus_commands import open_corpora, open_corpus
 
 if TYPE_CHECKING:
     import torch
@@ -99,15 +99,17 @@ def evaluate(options: opts.EvaluateOptions) -> Result:
 
 
 def _train(options: opts.TrainingOptions, stage: str, side: Modality) -> Result:
-    from ..corpus.corpus import Corpus
     from ..revision import TrainingConfig, stages
 
+    sides: list[tuple[str, Modality]] = [(options.rows, options.modality or side)]
+    sides += [(options.test_rows, "image")] if options.test_rows else []
+    rows, *test_rows = open_corpora(options, *sides)
     chosen = options.fields_of(TrainingConfig) | {
         "conversations": options.data,
-        "rows": _corpus(options, options.rows, side),
+        "rows": rows,
         "aligner": _aligner(options.aligner),
         "side": options.modality or side,
-        "test_rows": Corpus(options.test_rows, "image") if options.test_rows else None,
+        "test_rows": next(iter(test_rows), None),
         "train": tuple(options.train.split(",")) if options.train else None,
         "chat_template": Path(options.chat_template).read_text() if options.chat_template else None,
         "batch": options.batch_size,
@@ -144,10 +146,10 @@ def _settings(option: str, texts: list[str] | None) -> dict[str, Any]:
     return settings
 
 
-def _corpus(options: opts.RowOptions, rows: str | None, side: Modality = "image") -> Corpus:
+def _corpus(options: opts.RowOptions, rows: str | None) -> Corpus:
     if not rows:
         raise OptionError("nothing to look at: give --rows, or --image with --encoder")
-    return open_corpus(options, rows, options.modality or side)
+    return open_corpus(options, rows, options.modality or "image")
 
 
 def _aligner(path: str | None) -> ReAlign | None:

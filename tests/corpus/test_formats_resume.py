@@ -90,3 +90,37 @@ def test_the_column_of_the_source_is_not_asked_of_a_target_without_columns(corpo
     assert main.main(["convert", "text", "table", "--to", "parquet", "--quiet"]) == 0
     both = ["--text", "table", "--image", "image", "--column", "embedding", "--quiet"]
     assert main.main(["align", *both, "--out", "out"]) == 0
+
+
+@pytest.mark.parametrize("command", ["align", "fit", "unify"])
+@pytest.mark.parametrize("tables", [["text"], ["image"], ["text", "image"], []])
+def test_a_column_is_that_of_the_corpora_that_have_columns(corpora, capsys, command, tables):
+    """Sides whose rows lie in the column `vector` are read beside sides and queries of npy."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    outputs = {}
+    for out, names in (("of_npy", []), ("of_tables", tables)):
+        sides = {side: side for side in ("text", "image")}
+        for side in names:
+            sides[side] = f"{side}s"
+            os.mkdir(sides[side])
+            for shard in Corpus(side).shards:
+                rows = pa.FixedSizeListArray.from_arrays(np.load(shard.path).ravel(), D)
+                pq.write_table(pa.table({"vector": rows}), f"{side}s/{shard.path.stem}.parquet")
+        arguments = [command, "--out", out, "--quiet"]
+        arguments += [word for side, path in sides.items() for word in (f"--{side}", path)]
+        arguments += ["--queries", "text/emb_1.npy"] if command == "unify" else []
+        outputs[out] = [*arguments, *(["--column", "vector"] if out == "of_tables" else [])]
+    assert main.main(outputs["of_npy"]) == 0
+    if not tables:
+        assert main.main(outputs["of_tables"]) == 3 and not os.path.exists("of_tables")
+        assert "error: text: npy has no columns; leave --column out" in capsys.readouterr().err
+        return
+    assert main.main(outputs["of_tables"]) == 0, capsys.readouterr().err
+    for side in {"align": [""], "fit": [], "unify": ["text_emb", "img_emb"]}[command]:
+        (of_npy, of_tables) = (
+            Corpus(os.path.join(out, side), column=column)[:].numpy()
+            for out, column in (("of_npy", None), ("of_tables", "vector"))
+        )
+        np.testing.assert_array_equal(of_tables, of_npy)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from support.processes import run_apart
 from support.revision_parts import CAPTIONS, QUIET, pretrain_command, words
 
+from realign_fast import Corpus
 from realign_fast.cli.main import main
 
 
@@ -24,10 +25,17 @@ def test_training_leaves_a_summary(trained):
 
 
 def test_pretrain_watches_a_list_of_its_own(world, tmp_path):
+    """Its rows lie in a column, and the rows that train do not."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    images = Corpus(world / "corpus", "image")
+    table = {"id": list(images.ids()), "vector": list(images[:].numpy())}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
     lines = (world / "list.jsonl").read_text().splitlines()
     (tmp_path / "test.jsonl").write_text("\n".join(lines[:5]))
-    more = ["--test", tmp_path / "test.jsonl", "--test-rows", world / "corpus"]
-    more += ["--set", "max_steps=2", "--set", "eval_steps=1"]
+    more = ["--test", tmp_path / "test.jsonl", "--test-rows", tmp_path / "rows.parquet"]
+    more += ["--column", "vector", "--set", "max_steps=2", "--set", "eval_steps=1"]
     assert main(pretrain_command(world, tmp_path / "out", *more)) == 0
     summary = json.loads((tmp_path / "out" / "training.json").read_text())
     assert summary["data"]["used"] == 48 and len(summary["held_out_losses"]) == 2
