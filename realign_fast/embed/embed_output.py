@@ -126,18 +126,17 @@ def check_out(out: Path, facts: Mapping[str, Any]) -> None:
     ValueError if `out` holds other files, or rows that depend on other facts.
     """
     run = records_of(out) / RECORDS / RUN
-    folders = [out, *(out / name for name in SUBFOLDERS.values())]
-    files = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
-    if not run.exists() and (shards := [path for path in files if format_of(path.name)]):
-        raise ValueError(f"{shards[0]}: no embed run of ours wrote it; give an empty --out")
     if not run.exists():
+        folders = [out, *(out / name for name in SUBFOLDERS.values())]
+        files = (path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()))
+        if shard := next((path for path in files if format_of(path.name)), None):
+            raise ValueError(f"{shard}: no embed run of ours wrote it; give an empty --out")
         write_json(run, dict(facts))
     try:
         recorded = json.loads(run.read_bytes())
     except ValueError as error:
-        raise ValueError(
-            f"{run}: is damaged ({error}); delete {out}, or give another --out"
-        ) from error
+        advice = f"delete {out}, or give another --out"
+        raise ValueError(f"{run}: is damaged ({error}); {advice}") from error
     for difference in _differences("", recorded, facts):
         advice = "give the same again or another --out, or delete it to embed it all anew"
         raise ValueError(f"{out}: was begun with {difference}; {advice}")

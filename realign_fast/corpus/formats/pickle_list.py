@@ -93,7 +93,6 @@ class PickledShard(Shard):
 
     @property
     def has_other_columns(self) -> bool:
-        """True if an entry has another key than that of the rows."""
         return bool(self.places and self.places.has_others)
 
     def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, Any]]:
