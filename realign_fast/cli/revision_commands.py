@@ -88,8 +88,8 @@ def evaluate(options: opts.EvaluateOptions) -> Result:
     model, template = _open_model(options)
     limits = {name: getattr(options, name) for name in ("ids", "max_length", "max_skipped")}
     cache = options.cache or Path(options.model) / "data"
-    data = prepare(options.data, rows, template, cache, **limits)
-    data.side = options.modality or "image"
+    side = options.modality or "image"
+    data = prepare(options.data, rows, template, cache, side=side, **limits)
     settings = {name: getattr(options, name) for name in ("choices", "limit", "seed")}
     settings["batch"] = options.batch_size
     figures = evaluate(model, data, aligner=aligner, **settings)

@@ -82,6 +82,7 @@ class Corpus:
     ) -> None:
         self.column, self.allow_pickle = column, allow_pickle
         self.subfolder = ""  # or "text_emb", "img_emb"
+        self.modality = modality  # as it was asked for
         self.path = layout.corpus_path(path)
         if isinstance(path, list | tuple):
             paths = [storage_path(shard) for shard in path]

@@ -281,14 +281,14 @@ def _prepare_data(
 ) -> tuple[Conversations, Conversations | None]:
     """Join the lists and their rows; return the samples and the held-out samples."""
     limits: dict[str, Any] = {"max_length": config.max_length, "max_skipped": config.max_skipped}
-    cache, ids = Path(config.out) / "data", config.ids
-    samples = prepare(config.conversations, config.rows, template, cache, ids=ids, **limits)
+    limits["cache"], ids = Path(config.out) / "data", config.ids
+    source = config.conversations
+    samples = prepare(source, config.rows, template, ids=ids, side=config.side, **limits)
     samples = samples.aligned(config.aligner)
-    if config.space and config.side:
-        samples.side = config.side
     if config.test is not None and config.test_rows is not None:
         ids = "row" if config.ids == "row" else None
-        return samples, prepare(config.test, config.test_rows, template, cache, ids=ids, **limits)
+        test_rows = config.test_rows
+        return samples, prepare(config.test, test_rows, template, ids=ids, side="image", **limits)
     count = config.held_out
     if count is None:
         count = min(_MAX_HELD_OUT, len(samples) // 100)

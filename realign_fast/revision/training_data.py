@@ -60,6 +60,7 @@ def prepare(
     cache: str | os.PathLike[str],
     *,
     ids: ValueSource = None,
+    side: Modality | None = None,
     max_length: int = 2048,
     max_skipped: float = 0.01,
 ) -> Conversations:
@@ -72,6 +73,8 @@ def prepare(
         cache: the folder for what is prepared.
         ids: where the ids of the rows are, if not with the corpus (`corpus/row_values.py`): a root
             with `metadata/`, as an aligned copy needs, or `"row"`, where row numbers are ids.
+        side: the side of a space that the rows belong to; None is the modality that the corpus was
+            opened with, or images without one.
         max_length: the longest sample that is used, in tokens, visual tokens included.
         max_skipped: the share of samples, 0 to 1, that may be left out.
 
@@ -95,7 +98,8 @@ def prepare(
             report = _join(source, row_of, template, max_length, partial, past_end)
             write_json(partial / _REPORT, report)
     _check_skipped(json.loads((folder / _REPORT).read_text()), source, max_skipped, ids)
-    return Conversations(folder, _with_random_access(rows, cache), template)
+    side = side or rows.modality or "image"
+    return Conversations(folder, _with_random_access(rows, cache), template, side)
 
 
 def row_finder(corpus: Corpus, ids: ValueSource = None) -> RowOf:
@@ -250,12 +254,13 @@ class Conversations(data.Dataset[Item]):
     float32, "id": str}`, with `text_rows` if the `side` is text.
     """
 
-    def __init__(self, folder: Path, rows: Corpus, template: Template) -> None:
+    def __init__(
+        self, folder: Path, rows: Corpus, template: Template, side: Modality = "image"
+    ) -> None:
         """Read the samples in `folder`, which were joined to `rows`."""
-        self.folder, self.rows, self.template = folder, rows, template
+        self.folder, self.rows, self.template, self.side = folder, rows, template, side
         self.report: dict[str, Any] = json.loads((folder / _REPORT).read_text())
         self.aligner: ReAlign | None = None
-        self.side: Modality = "image"  # of a space, that the rows belong to
         self._ends = np.asarray(np.memmap(folder / _ENDS, np.int64, "r"))  # a view, still mapped
         self._indices: Any = range(len(self._ends))  # of the samples of a part
 

@@ -60,7 +60,7 @@ def sample_of(entry):
 
 def ready(path, corpus, template, cache, **options):
     corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus, "text")
-    return prepare(path, corpus, template, cache, **options)
+    return prepare(path, corpus, template, cache, side="image", **options)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])

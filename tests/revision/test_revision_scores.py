@@ -50,7 +50,7 @@ def world(tmp_path_factory):
 def test_the_loss_is_that_of_each_sample_alone(kind, world):
     root, _, model = world
     corpus, template = Corpus(root / "corpus", "text"), kind(word_tokenizer(), 2)
-    data = prepare(root / "list.jsonl", corpus, template, root / "cache")
+    data = prepare(root / "list.jsonl", corpus, template, root / "cache", side="image")
     found = evaluate(model, data, choices=0, batch=5)
     total = count = 0
     for number in range(len(data)):
@@ -93,7 +93,9 @@ def test_the_choice_is_right_where_the_likelihoods_are_and_chance_where_all_are_
 ):
     root, _, _ = world
     template = Plain(word_tokenizer(), 2)
-    data = prepare(root / "list.jsonl", Corpus(root / "corpus", "text"), template, root / "cache")
+    data = prepare(
+        root / "list.jsonl", Corpus(root / "corpus", "text"), template, root / "cache", side="image"
+    )
     every = evaluate(Knowing(knows, data), data, choices=4)
     for found in (every["choice"], every["choice_by_gain"]):
         assert low - 1e-6 <= found["value"] <= high + 1e-6
@@ -112,7 +114,7 @@ def test_choices_that_stop_early_and_gains_are_those_of_all_likelihoods(tmp_path
     write_lines(tmp_path / "list.jsonl", lines)
     template = Plain(word_tokenizer(), 2)
     corpus = Corpus(tmp_path / "corpus", "text")
-    data = prepare(tmp_path / "list.jsonl", corpus, template, tmp_path / "cache")
+    data = prepare(tmp_path / "list.jsonl", corpus, template, tmp_path / "cache", side="image")
     torch.manual_seed(2)
     config = ReVisionConfig("nowhere", 16, 64, visual_tokens=2)
     model = ReVisionModel(config, tiny_llama(vocabulary=600)).eval()
@@ -167,7 +169,7 @@ def few(world, tmp_path, ids, texts):
     root, _, model = world
     path = write_lines(tmp_path / "list.jsonl", map(list_entry, ids, texts))
     corpus, template = Corpus(root / "corpus", "text"), Plain(word_tokenizer(), 2)
-    return prepare(path, corpus, template, tmp_path / "cache", max_skipped=0.9), model
+    return prepare(path, corpus, template, tmp_path / "cache", side="image", max_skipped=0.9), model
 
 
 def test_few_samples_are_measured_without_what_they_cannot_tell(world, tmp_path):
@@ -229,6 +231,6 @@ def test_without_images_there_is_no_gain_to_tell(world, tmp_path):
     ]
     (tmp_path / "list.json").write_text(json.dumps(lines))
     template, corpus = Chat(word_tokenizer(), 2), Corpus(root / "corpus", "text")
-    data = prepare(tmp_path / "list.json", corpus, template, tmp_path / "cache")
+    data = prepare(tmp_path / "list.json", corpus, template, tmp_path / "cache", side="image")
     found = evaluate(model, data, choices=3)
     assert "gain" not in found and "choice_by_gain" not in found and "choice" in found

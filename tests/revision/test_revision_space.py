@@ -16,6 +16,7 @@ from support.revision_parts import (
     QUIET,
     pretrain_command,
     tiny_llama,
+    word_tokenizer,
     words,
     write_corpus,
     write_world,
@@ -27,7 +28,8 @@ from realign_fast.revision.evaluation import evaluate
 from realign_fast.revision.generation import caption_rows, open_model
 from realign_fast.revision.model import IMAGE_TOKEN, Projector, ReVisionConfig, ReVisionModel
 from realign_fast.revision.stages import TrainingConfig, finetune, pretrain
-from realign_fast.revision.training_data import prepare
+from realign_fast.revision.templates import Plain
+from realign_fast.revision.training_data import Collator, prepare
 
 FAST = {"bf16": False, "use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0}
 pytestmark = pytest.mark.filterwarnings("ignore:SharedSpace. the scale of")  # 48 rows
@@ -188,3 +190,25 @@ def test_commands_take_a_space(apart, tmp_path, capsys):
         assert main(words("evaluate", *rows, *test, *more)) == 0
         losses.append(json.loads(capsys.readouterr().out)["loss"]["value"])
     assert losses[0] != losses[1]  # each of its own side
+
+
+@pytest.mark.parametrize("kind", ["root", "files"])
+def test_a_loop_of_ones_own_takes_the_side_that_the_corpus_was_opened_with(kind, apart, tmp_path):
+    space = SharedSpace.load(apart / "space.safetensors")
+    model = ReVisionModel.start(apart / "llama", 16, visual_tokens=2, space=space)
+    template = Plain(word_tokenizer(), visual_tokens=2)
+    for side in ("text", "image"):
+        root = Corpus(apart / "corpus", side)
+        rows = root if kind == "root" else Corpus([shard.path for shard in root.shards], side)
+        options = {"ids": apart / "corpus"} if kind == "files" else {}
+        samples = prepare(apart / "list.jsonl", rows, template, tmp_path / side, **options)
+        batch = Collator(template.pad_id)([samples[number] for number in range(4)])
+        assert [name for name in batch if name.endswith("rows")] == [f"{side}_rows"]
+        own = model.projector(rows.take(range(4)).float(), side).reshape(4, 2, 64)
+        visual = model.splice(
+            **{name: batch[name] for name in batch if name not in ("attention_mask", "labels")}
+        )[batch["input_ids"] == IMAGE_TOKEN]
+        assert torch.equal(visual.reshape(4, 2, 64), own)
+        options["side"] = "image"
+        stated = prepare(apart / "list.jsonl", rows, template, tmp_path / side, **options)
+        assert "image_rows" in stated[0]

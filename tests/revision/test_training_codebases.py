@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from realign_fast import Corpus, SharedSpace
+from realign_fast.cli.main import main
+
 pytest.importorskip("transformers")
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "training_codebases.md"
@@ -17,8 +20,12 @@ def run(world, tmp_path, monkeypatch):
     """A function that runs the first block and one with a text; it returns their names."""
     monkeypatch.chdir(tmp_path)
     links = {"LANGUAGE_MODEL": "llama", "captions.jsonl": "list.jsonl", "aligned": "corpus"}
+    links |= {"text": "corpus", "image": "corpus"}
     for name, target in links.items():
         (tmp_path / name).symlink_to(world / target)
+    texts = Corpus(world / "corpus", "text")
+    images = texts.take(range(48)) + torch.eye(16)[15]
+    SharedSpace.fit(text=texts, image=images, method="center").save(tmp_path / "SPACE")
     names: dict = {"__name__": "page"}
 
     def run_block(containing):
@@ -45,6 +52,7 @@ def trained(names):
         ("import Trainer", ["accelerate"]),
         ("for batch in", []),
         ("pytorch_lightning", ["pytorch_lightning"]),
+        ("SharedSpace", []),
     ],
 )
 def test_other_training_codes_train_the_projector(containing, packages, run, tmp_path):
@@ -54,6 +62,19 @@ def test_other_training_codes_train_the_projector(containing, packages, run, tmp
     assert trained(names)
     saves = any("save_pretrained" in block for block in BLOCKS if containing in block)
     assert (tmp_path / "out" / "revision.json").is_file() == saves
+    if saves:
+        options = ["--rows", "aligned", "--held-out", "0", "--set", "max_steps=1", "--quiet"]
+        options += [
+            "--set",
+            "use_cpu=true",
+            "--batch-size",
+            "8",
+            "--out",
+            "two",
+            "--set",
+            "bf16=false",
+        ]
+        assert main(["finetune", "--model", "out", "--data", "captions.jsonl", *options]) == 0
 
 
 def test_requests_of_vllm(run):
