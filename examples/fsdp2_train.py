@@ -6,9 +6,10 @@ The rows of every rank are counted in `Moments`, all ranks fit the same aligner 
 the head behind it is sharded. The aligner has no parameters, so it stays whole on every rank; it
 lies outside of the sharded head, so that it gets rows as the encoder gave them, not in bfloat16.
 Every second step writes CHECKPOINTS/step-N with `torch.distributed.checkpoint`: the sharded
-parameters, the optimizer, the map, and the moments of each rank. Started again, the script
-continues after the last whole checkpoint, on any number of ranks. Random rows stand for yours:
-replace `rows_of`.
+parameters, the optimizer and the map. The moments of each rank are files beside it, since
+`torch.distributed.checkpoint` keeps one of equal keys and would lose those of all ranks but one.
+Started again, the script continues after the last whole checkpoint, on any number of ranks.
+Random rows stand for yours: replace `rows_of`.
 """
 
 import copy

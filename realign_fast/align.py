@@ -27,7 +27,7 @@ from .methods import METHODS, NEED_COVARIANCE, Method, Shrinkage, expect_method,
 from .moments import BadRows, Moments, RowMap, expect_one_encoder, measure, warn_of_far_rows
 from .seeded_noise import noisy_rows
 from .storage.paths import AnyPath
-from .storage.tensor_file import HubObject, tensors_of, write_tensors
+from .storage.tensor_file import HubObject, tensors_of, write_with_digest
 
 _BATCH_ROWS = 1 << 16
 _NO_SPREAD = 1e-6  # a trace below this is the rounding of float32 rows, not their spread
@@ -362,7 +362,7 @@ class ReAlign(nn.Module, HubObject):
         """Write one safetensors file; it appears whole or not at all."""
         self._expect_fitted()
         metadata = {"encoder": self.encoder} if self.encoder else {"format": "pt"}
-        write_tensors(path, self.state_dict(), metadata)
+        write_with_digest(path, self.state_dict(), metadata)
 
     @classmethod
     @torch.inference_mode(False)

@@ -22,7 +22,7 @@ RowMap = tuple[Tensor, Tensor, Tensor | None] | Callable[[Tensor], Tensor]
 _FIRST_ROWS = 1024  # their mean becomes the centre
 _BLOCK_ROWS = 1 << 13  # rows that are mapped and weighted at a time; whole blocks of the kernel
 _FAR = 30  # a row this many times as far from the median as half of the rows is multiplied exactly
-_STATE = ("centre", "total", "scatter", "weights")
+STATE = ("centre", "total", "scatter", "weights")
 
 
 class RowWeights(NamedTuple):
@@ -64,11 +64,12 @@ class Scatter:
         self.centre = None
 
     def _start(self, centre: Tensor) -> Tensor:
-        self.centre = centre.float().double()
-        self.total = torch.zeros_like(self.centre)
+        rounded = centre.float().double()
+        self.total = torch.zeros_like(rounded)
         self.scatter = self.total.new_zeros(len(centre), len(centre))
         self.weights = self.total.new_zeros(3)
-        return self.centre
+        self.centre = rounded  # last: another thread that sees it uses the sums
+        return rounded
 
     def add(self, rows: Tensor, weights: RowWeights, through: RowMap | None) -> Tensor:
         """Add rows [N, D], as :meth:`realign_fast.Moments.update` does.
@@ -179,11 +180,11 @@ class Scatter:
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors by name, for a file or a reduction; none before the first row."""
-        return {} if self.centre is None else {name: getattr(self, name) for name in _STATE}
+        return {} if self.centre is None else {name: getattr(self, name) for name in STATE}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state` returned."""
-        for name in _STATE if state else ():
+        for name in STATE if state else ():
             setattr(self, name, state[name])
 
 

@@ -27,7 +27,7 @@ from ._one_thread import one_thread
 from .moments import Moments, expect_one_encoder
 from .ops.reference import unit
 from .storage.paths import AnyPath
-from .storage.tensor_file import tensors_of, write_tensors
+from .storage.tensor_file import tensors_of, write_with_digest
 
 Pairs = Sequence[Tensor | np.ndarray[Any, Any]]  # (source, target), [N, D] each
 _BLOCK_ROWS = 4096
@@ -123,7 +123,7 @@ class FixedFrame:
     def save(self, path: AnyPath) -> None:
         """Write a safetensors file; it appears whole or not at all."""
         tensors = {"basis": self.basis, "values": self.values, "rank": torch.tensor(self.rank)}
-        write_tensors(path, tensors, {"frame": "fixed"})
+        write_with_digest(path, tensors, {"frame": "fixed"})
 
     @classmethod
     def load(cls, path: AnyPath) -> FixedFrame:

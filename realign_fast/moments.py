@@ -23,11 +23,11 @@ from torch import Tensor
 from . import ops
 from ._argument_checks import expect_numbers, expect_one_width
 from .corpus.row_batches import Rows, batches, tensor_of
-from .covariance_sums import RowMap, RowWeights, Scatter
+from .covariance_sums import STATE, RowMap, RowWeights, Scatter
 from .interface.option_values import BadRows
 from .ops.reference import unit
 from .storage.paths import AnyPath
-from .storage.tensor_file import tensor_digest, tensors_of, write_tensors
+from .storage.tensor_file import CHANGED, tensor_digest, tensors_of, write_tensors
 
 __all__ = ["BAD_ROWS", "BadRows", "Moments", "RowMap", "good_rows"]
 
@@ -346,32 +346,51 @@ class Moments:
         with tensors_of(path, "moments written by Moments.save", "measure again") as (state, texts):
             flags = texts["moments"].split()
             if flags[-1:] != [tensor_digest(state)] or not {*flags[:-1]} <= {*cls()._flags()}:
-                raise KeyError("the hash of its numbers")
+                raise ValueError(CHANGED)
             moments = cls(**{name: name in flags for name in cls()._flags()})
             moments._restore(state)
             if min(moments._counts) < 0:
-                raise KeyError("number of rows from 0")
+                raise ValueError("a negative number of rows")
         return moments
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return copies of the sums by name, and the three flags, for a checkpoint of a loop."""
-        flags = torch.tensor([*self._flags().values()])
-        return {"flags": flags} | {name: tensor.clone() for name, tensor in self._state().items()}
+        """Return copies of the sums by name, and the three flags, for a checkpoint of a loop.
+
+        Without rows it has ``flags`` and ``counts`` of 0 alone. ``torch.distributed.checkpoint``
+        loads those keys only, and keeps one rank's sums of all (docs/pytorch.md, Checkpoints).
+        """
+        state = {"flags": torch.tensor([*self._flags().values()]), "counts": torch.zeros(3).long()}
+        return state | {name: tensor.clone() for name, tensor in self._state().items()}
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the sums of :meth:`state_dict` in place of one's own; other flags are a ValueError.
+        """Take the sums of :meth:`state_dict` in place of one's own.
 
-        They go to the device of the sums so far, if there are any.
+        They go to the device of the sums so far, if there are any. Other flags, a key that is
+        missing or unknown, and sums that were cast are a ValueError.
         """
-        flags, own = state["flags"].tolist(), self._flags()
-        if flags != [*own.values()]:
+        flags, own = state["flags"].tolist() if "flags" in state else None, self._flags()
+        if flags is not None and flags != [*own.values()]:
             raise ValueError(
                 f"Moments: cannot load sums with {dict(zip(own, flags, strict=False))} into "
                 f"{self!r}; make it with the same flags"
             )
-        device = state["flags"].device if self.total is None else self.total.device
         sums = {name: tensor for name, tensor in state.items() if name != "flags"}
+        count = int(sums["counts"][0]) if "counts" in sums else 0
+        if not count and not {*sums} - {"counts"}:
+            sums = {}  # of no rows; version 0.1.0 had no counts there
+        dtypes = dict.fromkeys(_SUMS if sums else (), torch.float64)
+        if self.with_covariance and (count or len(sums) > len(_SUMS)):
+            dtypes |= {f"scatter.{name}": torch.float64 for name in STATE}
+        dtypes |= {"counts": torch.int64} if sums else {}
+        if flags is None or {name: tensor.dtype for name, tensor in sums.items()} != dtypes:
+            given = {name: str(tensor.dtype) for name, tensor in state.items()}
+            raise ValueError(
+                f"Moments: {count} rows need a state_dict of flags, {', '.join(dtypes)} in float64 "
+                f"(counts in int64), got {given}; load all keys as they were saved "
+                "(with torch.distributed.checkpoint: docs/pytorch.md, Checkpoints)"
+            )
+        device = state["flags"].device if self.total is None else self.total.device
         self._restore({name: tensor.to(device, copy=True) for name, tensor in sums.items()})
 
     def __repr__(self) -> str:

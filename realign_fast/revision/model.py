@@ -29,16 +29,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from .._extras import import_extra
 from ..interface import option_values
 from ..interface.option_values import VISUAL_TOKENS, ProjectorName
 from ..shared_space import SharedSpace
-from ..storage.paths import write_json, write_whole
-from ..storage.tensor_file import tensor_digest
+from ..storage.paths import write_json
+from ..storage.tensor_file import tensor_digest, tensors_of, write_with_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -289,9 +287,8 @@ class ReVisionModel(nn.Module):
         for name, tensor in (self.state_dict() if state_dict is None else state_dict).items():
             part, _, own_name = name.partition(".")
             parts[part][own_name] = tensor
-        projector, weights = parts["projector"], parts["language_model"]
-        projector = {name: weight.cpu().contiguous() for name, weight in projector.items()}
-        write_whole(directory / WEIGHTS, safetensors_bytes(projector, {"format": "pt"}))
+        weights = parts["language_model"]
+        write_with_digest(directory / WEIGHTS, parts["projector"], {"format": "pt"})
         if self._has_adapter:
             self.language_model.save_pretrained(directory / ADAPTER_FOLDER, state_dict=weights)
             weights = {  # of the language model alone, some of whose layers PEFT has wrapped
@@ -337,11 +334,9 @@ class ReVisionModel(nn.Module):
         if trained.space != own.space:
             fault = f"was trained with the space {trained.space}, and this model has {own.space}"
             raise ValueError(f"{directory}: {fault}; give the same, or train in another directory")
-        try:
-            self.projector.load_state_dict(load_file(directory / WEIGHTS))
-        except RuntimeError as error:
-            expected = f"does not fit {self.revision_config}"
-            raise ValueError(f"{directory / WEIGHTS}: {expected}: {error}") from error
+        fitting = f"weights that fit {own}"
+        with tensors_of(directory / WEIGHTS, fitting, "copy or train it again") as (weights, _):
+            self.projector.load_state_dict(weights)
         if self.language_model_changed and not self._has_adapter:
             path, dtype = directory / LANGUAGE_MODEL_FOLDER, self.base.dtype
             saved = load_pretrained(_LANGUAGE_MODEL, path, dtype=dtype)

@@ -21,6 +21,7 @@ from . import paths
 from .paths import AnyPath
 
 _FILES = ("model.safetensors", "aligner.safetensors", "space.safetensors")  # by whoever wrote it
+CHANGED = "numbers that changed since it was written"  # what is wrong with a file
 _Object = TypeVar("_Object", bound="HubObject")
 _CARD = """---
 library_name: realign_fast
@@ -48,12 +49,25 @@ def write_tensors(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str,
     paths.write_whole(path, safetensors_bytes(on_cpu, metadata))
 
 
-def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the BLAKE2b digest of names and numbers, which a file keeps in its metadata."""
+def write_with_digest(path: AnyPath, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors, metadata and the digest of both, which :func:`tensors_of` compares."""
+    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    data = safetensors_bytes(on_cpu, metadata | {"digest": tensor_digest(on_cpu, metadata)})
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # else in any order
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    paths.write_whole(path, len(text).to_bytes(8, "little") + text + data[end:])
+
+
+def tensor_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Return the BLAKE2b digest of names, numbers and texts, which a file keeps in its metadata."""
     total = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         total.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    total.update("".join(map(repr, sorted((metadata or {}).items()))).encode())
     return f"blake2b={total.hexdigest()}"
 
 
@@ -73,6 +87,9 @@ def tensors_of(
         with path.local_copy() as local, safe_open(local, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
+        digest = metadata.pop("digest", None)  # None in a file of an older version
+        if digest is not None and digest != tensor_digest(tensors, metadata):
+            raise TypeError(CHANGED)
         yield tensors, metadata
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         fault = f"no {error} in it" if isinstance(error, KeyError) else error

@@ -160,7 +160,7 @@ def test_counts_that_float64_does_not_hold_are_refused_and_change_nothing(tmp_pa
     assert most.counts.tolist() == before and torch.equal(most.covariance, covariance)
     most.counts[0] = -5  # as a merge of version 0.1.0 could leave it
     most.save(tmp_path / "wrapped.safetensors")
-    with pytest.raises(ValueError, match=r"wrapped\.safetensors: .*number of rows from 0"):
+    with pytest.raises(ValueError, match=r"wrapped\.safetensors: .*a negative number of rows"):
         Moments.load(tmp_path / "wrapped.safetensors")
 
 

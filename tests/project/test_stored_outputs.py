@@ -64,11 +64,19 @@ def place_output(name, folder):
     return out
 
 
+def rest(out):
+    """Every byte of an output but those of its aligner, which is written anew with a digest."""
+    found = tree(out)
+    numbers = ReAlign.load(out / "aligner.safetensors").state_dict()
+    del found["aligner.safetensors"]
+    return found | {name: tensor.numpy().tobytes() for name, tensor in numbers.items()}
+
+
 def test_an_aligned_output_is_resumed_without_a_read(tmp_path, reads):
     out = place_output("out", tmp_path)
-    before = tree(out)
+    before = rest(out)
     report = align(tmp_path / "text", tmp_path / "image", out, Settings(progress=False))
-    assert reads == [] and tree(out) == before
+    assert reads == [] and rest(out) == before
     stored = json.loads((STORED / "out" / "report.json").read_text())
     assert report["fitted"] == stored["fitted"] and report["result"] == stored["result"]
     assert [done["finished_before"] for done in report["passes"]] == [30, 31, 30, 30]
@@ -82,16 +90,16 @@ def test_an_aligned_output_is_verified(tmp_path):
 def test_a_fit_with_covariances_is_resumed_without_a_read(tmp_path, reads):
     """On another type of processor LAPACK's map has other last bits: its two passes run again."""
     out = place_output("fit", tmp_path)
-    before = tree(out)
+    before = rest(out)
     sides = ["--text", str(tmp_path / "text"), "--image", str(tmp_path / "image")]
     command = ["fit", *sides, "--out", str(out), "--method", "coral", "--quiet"]
     assert main.main(command) == 0
     if reads:
         assert reads == [f"text/emb_{index}.npy" for index in (0, 1, 2)] * 2
         reads.clear()
-        before = tree(out)
+        before = rest(out)
         assert main.main(command) == 0
-    assert reads == [] and tree(out) == before
+    assert reads == [] and rest(out) == before
 
 
 @pytest.mark.parametrize("ingredient", ["time", "path", "bad_rows", "batch_bytes"])
