@@ -161,6 +161,7 @@ def test_workers_from_a_shell_stop_with_143_and_leave_no_half(corpora):
         aligning = Path("out/.emb_1.npy.partial").exists
         held, released = state.hold("GET", "emb_1.npy", aligning)
         options = ["--text", sides[0], "--image", sides[1], "--out", "out", "--workers", "2"]
+        options += ["--quiet"]  # a slow machine would print its progress
         process = programs.Program(
             ["-W", "ignore", "-m", "realign_fast", "align", *options],
             stderr=subprocess.PIPE,

@@ -151,11 +151,11 @@ class RayTasks(AbstractContextManager["RayTasks"]):
             _check_listening(address)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                for attempts_left in (2, 1, 0):
+                for attempts_left in (4, 3, 2, 1, 0):
                     try:
                         ray.init(address, **options)
                         break
-                    except ConnectionAbortedError:  # the node started no server for this client
+                    except ConnectionAbortedError:  # its server died: ray-project/ray#63408
                         if not attempts_left:
                             raise
         except Exception as error:
