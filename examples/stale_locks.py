@@ -8,11 +8,12 @@ no other machine can see that it is dead. A lock without a sign of life for --mi
 stale. Make sure that its process is gone (`squeue`, `kubectl get pods`) before you give --remove: a
 process that was only cut off from the network would return. The clocks of the machines must agree.
 
-The status is 0 if no stale lock is left, and else 1.
+The status is 0 if no stale lock is left, 1 if one is left, and 2 if the store refuses a request.
 """
 
 import argparse
 import json
+import sys
 import time
 
 import fsspec
@@ -34,6 +35,16 @@ def main():
     options = parser.parse_args()
     if "://" not in options.out:
         parser.error(f"{options.out}: locks of a directory end with their process; give a URL")
+    try:
+        return int(stale_locks_left(options) > 0)
+    except Exception as error:  # the packages of the stores have classes of their own
+        advice = "check the name, the connection, and whether the credentials have expired"
+        print(f"{options.out}: {type(error).__name__}: {error}; {advice}", file=sys.stderr)
+        return 2
+
+
+def stale_locks_left(options):
+    """List the locks of an output, remove stale ones if asked to, and count those that stay."""
     files, folder = fsspec.core.url_to_fs(options.out)
     left = 0
     for path in sorted(files.glob(f"{folder.rstrip('/')}/__realign__/_stats/lock*")):
@@ -50,7 +61,7 @@ def main():
         else:
             print(f"{line}: stale")
             left += 1
-    return int(left > 0)
+    return left
 
 
 if __name__ == "__main__":

@@ -136,6 +136,8 @@ def explained_error(
             break
     tries = f" in {attempts} attempts" if may_be_temporary(error) else ""
     advice = "check its name and the connection, then run the same command again"
+    if 400 in _http_statuses(error):  # of S3 to HEAD: the answer has no body that names the cause
+        advice = f"its credentials may be wrong or expired: renew them; else {advice}"
     return OSError(errno.EIO, f"{url}: cannot be {operation}{tries} ({cause}); {advice}")
 
 

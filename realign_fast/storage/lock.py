@@ -160,9 +160,13 @@ def _held_object(path: Url) -> Iterator[int]:
             stop.set()
             if heartbeat.is_alive():
                 heartbeat.join()
-            with suppress(OSError):  # an object that stays is that of a dead process
+            try:
                 if _is_own(path, own):
                     path.unlink(missing_ok=True)
+            except OSError as error:  # an object that stays is that of a dead process
+                if heartbeat.ident:  # it was created
+                    fault = "this run cannot delete its lock, which stops the next: delete it first"
+                    warnings.warn(f"{path}: {fault} ({error.strerror or error})", stacklevel=3)
 
 
 @contextmanager

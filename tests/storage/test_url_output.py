@@ -347,6 +347,38 @@ def test_an_upload_that_fails_is_one_error_and_what_is_finished_stays(
     assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
 
 
+def test_credentials_that_expire_are_named_and_so_is_the_lock_that_stays(
+    tmp_path, corpora, bucket, failing, monkeypatch, capsys
+):
+    requests = []
+    failing.asked = lambda command, path, _: requests.append((command, path.name))
+    failing.expired = lambda: ("PUT", "emb_1.npy") in requests
+    inputs = ["--text", str(corpora[0]), "--image", str(corpora[1]), "--out", S3]
+    assert main.main(["align", *inputs]) == 6
+    lock_url = f"{S3}/__realign__/_stats/lock"
+    lines = capsys.readouterr().err.splitlines()
+    (warning,) = (line for line in lines if lock_url in line)
+    assert "this run cannot delete its lock, which stops the next" in warning
+    assert re.match(rf"realign-fast: error: {S3}/emb_1.npy: access is refused", lines[-1])
+    assert lock_url.removeprefix(f"{S3}/") in keys(bucket)
+    assert main.main(["verify", S3]) == 6  # HEAD, whose answer has no body
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Bad Request" in line and "its credentials may be wrong or expired: renew them" in line
+    main_of_example = runpy.run_path(str(ROOT / "examples/stale_locks.py"))["main"]
+    monkeypatch.setattr(sys, "argv", ["stale_locks.py", S3, "--remove"])
+    fsspec.filesystem("s3").invalidate_cache()
+    assert main_of_example() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{S3}: ") and line.endswith("whether the credentials have expired")
+    failing.expired = lambda: False
+    leave_lock(S3)
+    fsspec.filesystem("s3").invalidate_cache()
+    assert main_of_example() == 0 and "ago: removed" in capsys.readouterr().out
+    assert finished(align(*corpora, S3, QUIET))["apply"] == (32, 50)
+    align(*corpora, tmp_path / "near", QUIET)
+    assert fetched(S3, tmp_path / "copy") == tree(tmp_path / "near")
+
+
 def test_an_upload_that_fails_is_tried_again(tmp_path, corpora, bucket, failing):
     failing.statuses["emb_1.npy.json"] = 500
     puts = []

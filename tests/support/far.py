@@ -10,6 +10,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The token has expired.</Message></Error>"
+
 
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Files of a folder with `Range`, `ETag` and what `server.state` says goes wrong."""
@@ -72,6 +74,7 @@ class State:
     def __init__(self):
         self.log, self.statuses, self.cuts, self.ranges = [], {}, {}, True
         self.cut_within = range(1 << 40)  # where a range begins that is cut
+        self.expired = lambda: False  # whether the credentials of a request to S3 have expired
         self.versions = True  # whether answers have an ETag
         self.busy, self.most_busy, self.delay = 0, 0, 0.0  # answers under way; seconds each takes
         self.before = {}  # name: called before the first GET of it is answered
@@ -136,6 +139,9 @@ class Proxy(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         name, state = self.path.partition("?")[0].rpartition("/")[2], self.server.state
         state.asked(self.command, Path(name), None)
+        if state.expired():  # S3 answers so, and HEAD without a body
+            self._answer(400, {}, b"" if self.command == "HEAD" else EXPIRED)
+            return
         if self.command == "PUT" and (status := state.statuses.get(name)):
             self._answer(status, {}, b"")
             return
