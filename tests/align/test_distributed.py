@@ -24,7 +24,7 @@ from realign_fast import Moments, ReAlign, SharedSpace
 
 ROOT = Path(__file__).parents[2]
 SIDES = "text", "image"
-SECONDS = 60  # for all scenarios; a rank that waits for the other in vain ends before
+SECONDS = 180  # for all scenarios; a rank that waits for the other in vain ends before
 
 
 def batch(rank, step, columns=6):

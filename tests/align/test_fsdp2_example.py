@@ -1,5 +1,6 @@
 """The FSDP2 example, on two processes with gloo: it continues after its checkpoint."""
 
+import pytest
 import torch
 from support.pages import ROOT, blocks
 from support.programs import run_ranks
@@ -25,6 +26,7 @@ def test_the_lines_of_the_page_are_those_of_the_script():
     assert len(lines) == 10 and set(lines) <= {*script}
 
 
+@pytest.mark.slow  # five runs; the script for DDP and `fully_shard` of test_distributed.py are in CI
 def test_a_run_that_continues_ends_where_a_whole_run_ends(tmp_path):
     assert train(tmp_path / "half", 2) == "began at step 0, 512 rows of 2 ranks"
     assert train(tmp_path / "half", 4) == "began at step 2, 1024 rows of 2 ranks"
