@@ -26,7 +26,7 @@ def test_the_lines_of_the_page_are_those_of_the_script():
     assert len(lines) == 10 and set(lines) <= {*script}
 
 
-@pytest.mark.slow  # five runs; the script for DDP and `fully_shard` of test_distributed.py are in CI
+@pytest.mark.slow  # five runs; CI has the script for DDP, and `fully_shard` in test_distributed.py
 def test_a_run_that_continues_ends_where_a_whole_run_ends(tmp_path):
     assert train(tmp_path / "half", 2) == "began at step 0, 512 rows of 2 ranks"
     assert train(tmp_path / "half", 4) == "began at step 2, 1024 rows of 2 ranks"
