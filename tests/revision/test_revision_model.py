@@ -262,7 +262,13 @@ def test_mistakes_are_named(base, tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded as a language model"):
         ReVisionModel.start(tmp_path, D)
     model.save_pretrained(tmp_path)
-    (tmp_path / "projector.safetensors").unlink()
+    weights = tmp_path / "projector.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-9] ^= 1
+    weights.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"projector\.safetensors: .* numbers that changed since"):
+        model.load_trained(tmp_path)
+    weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks projector.safetensors"):
         ReVisionModel.from_pretrained(tmp_path, language_model=base)
 
