@@ -413,6 +413,9 @@ def load_pretrained(auto: str, source: str | os.PathLike[str], **options: Any) -
         if isinstance(error, OSError) and not os.path.isdir(source):
             advice = "name a causal one of the hub or, without network, the directory of a copy"
             raise FileNotFoundError(f"{problem}; {advice} (docs/revision.md, On a CPU)") from error
+        if auto == "AutoTokenizer" and (Path(source) / CONFIG).is_file():
+            advice = "save that of the language model there too (tokenizer.save_pretrained)"
+            raise FileNotFoundError(f"{source}: has no tokenizer; {advice}") from error
         raise ValueError(f"{problem}; name a causal one, or its directory") from error
 
 

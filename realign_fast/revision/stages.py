@@ -10,6 +10,7 @@ For several devices: `accelerate launch --config_file FILE -m realign_fast pretr
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..corpus.corpus import Corpus, common_encoder
 from ..interface import option_values as values
 from ..interface.devices import has_bf16
 from ..shared_space import SharedSpace
-from ..storage.paths import write_whole
+from ..storage.paths import write_json, write_whole
 from .model import (
     CONFIG,
     LANGUAGE_MODEL_FOLDER,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 Stage = Literal["pretrain", "finetune"]
 _MAX_HELD_OUT = 512  # samples, by default
+_SUMMARY, _INPUTS = "training.json", "inputs.json"
 TRAINER_SETTINGS = {  # of both stages, beside the learning rate
     "num_train_epochs": 1.0,
     "optim": "adamw_torch",
@@ -146,6 +148,16 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
         samples, held_out = _prepare_data(config, template)
     if held_out is None:
         arguments.eval_strategy = "no"
+    epochs = arguments.num_train_epochs * math.ceil(len(samples) / (config.batch or 1))
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(epochs)
+    for name in ("logging_steps", "eval_steps", "save_steps"):  # a share, as Trainer counts it
+        if (interval := getattr(arguments, name)) is not None and interval < 1:
+            setattr(arguments, name, math.ceil(steps * interval))
+    inputs = samples.digests()
+    if config.test is not None and held_out:
+        inputs |= {f"test {name}": digest for name, digest in held_out.digests().items()}
+    if checkpoint and (summary := _ended(out, checkpoint, inputs, steps)):
+        return summary
     model = _build_model(config, saved, arguments)
     model.revision_config.template = template.name
     model.revision_config.encoder = saved.encoder if saved else config.rows.encoder
@@ -162,6 +174,7 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     )
     first = trainer.is_world_process_zero()
     if first:
+        write_json(out / _INPUTS, inputs)
         _print_overview(samples.report)
         if space:
             print(f"rows go through the {samples.side} side of the space {space}")
@@ -173,7 +186,7 @@ def _train(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
     summary = {"stage": stage, "out": config.out} | _figures(trainer, result)
     summary |= {"data": samples.report, "model": asdict(model.revision_config)}
     if first:
-        write_whole(out / "training.json", json.dumps(summary, indent=2).encode())
+        write_whole(out / _SUMMARY, json.dumps(summary, indent=2).encode())
     return summary
 
 
@@ -224,6 +237,22 @@ def _training_arguments(config: TrainingConfig) -> TrainingArguments:
     if arguments.n_gpu > 1:  # DataParallel would split image rows as if each sample had one
         arguments._n_gpu = 1
     return arguments
+
+
+def _ended(out: Path, checkpoint: str, inputs: dict[str, str], steps: int) -> dict[str, Any] | None:
+    """Refuse other inputs than those of a checkpoint; return the summary if no step is left."""
+    files = [path if (path := out / name).is_file() else None for name in (_INPUTS, _SUMMARY)]
+    begun, ended = (json.loads(path.read_bytes()) if path else {} for path in files)
+    names = sorted({*inputs, *begun} if begun else ())  # an older version wrote none
+    if changed := [name for name in names if begun.get(name) != inputs.get(name)]:
+        fault = f"began with another {', '.join(changed)}"
+        advice = "--resume needs the same; give them, or name another directory"
+        raise ValueError(f"{out}: its training {fault}; {advice}")
+    taken = json.loads((Path(checkpoint) / "trainer_state.json").read_bytes())["global_step"]
+    if taken < steps or ended.get("steps") != taken:
+        return None
+    print(f"{out}: has taken its {taken} steps, so nothing is trained; max_steps= sets more")
+    return ended
 
 
 def last_checkpoint(out: Path) -> str | None:

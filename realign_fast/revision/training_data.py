@@ -41,6 +41,7 @@ from ..interface.option_values import Modality
 from ..shared_space import SharedSpace
 from ..storage.atomic import replaced
 from ..storage.paths import StoragePath, explained, records_of, storage_path, write_json
+from ..storage.tensor_file import tensor_digest
 from .conversation_files import Sample, read_sample
 from .model import SPACE
 from .templates import FAULTS, IGNORED_LABEL, Template
@@ -73,8 +74,7 @@ def prepare(
         cache: the folder for what is prepared.
         ids: where the ids of the rows are, if not with the corpus (`corpus/row_values.py`): a root
             with `metadata/`, as an aligned copy needs, or `"row"`, where row numbers are ids.
-        side: the side of a space that the rows belong to; None is the modality that the corpus was
-            opened with, or images without one.
+        side: of a space; None is that which the corpus was opened with, or images without one.
         max_length: the longest sample that is used, in tokens, visual tokens included.
         max_skipped: the share of samples, 0 to 1, that may be left out.
 
@@ -155,14 +155,14 @@ def check_inputs(
 
 
 def check_rows(space: SharedSpace | None, rows: Corpus, aligner: ReAlign | None = None) -> None:
-    """Refuse rows that a model with a space would map a second time: aligned, or of an output."""
-    if space is None:
-        return
-    common_encoder((rows.path, rows.encoder), ("the space", space.encoder))
-    if aligner is not None:
-        raise ValueError("aligner: got one beside a space, which moves both sides; leave one out")
-    if moved := moved_rows(rows):
-        advice = "give the rows of the encoder, which the model maps by its space"
+    """Refuse rows that a space or an aligner would map a second time: those of an output."""
+    if space is not None:
+        common_encoder((rows.path, rows.encoder), ("the space", space.encoder))
+        if aligner is not None:
+            fault = "got one beside a space, which moves both sides"
+            raise ValueError(f"aligner: {fault}; leave one out")
+    if (space or aligner) and (moved := moved_rows(rows)):
+        advice = f"give the rows of the encoder, which the {'space' if space else 'aligner'} maps"
         raise ValueError(f"{moved} already; {advice}")
 
 
@@ -280,6 +280,14 @@ class Conversations(data.Dataset[Item]):
     def image_rows(self, indices: Sequence[int]) -> list[Tensor]:
         """Read the rows of several samples together: a list of `[images, D]`, float32."""
         return self._rows_at([numbers for _, numbers in self._read(indices)])
+
+    def digests(self) -> dict[str, str]:
+        """Return digests of the samples and of some rows, wherever their files lie."""
+        rows = self.rows.take(range(0, self.rows.num_rows, self.rows.num_rows // 64 or 1)).float()
+        samples = hashlib.sha256(np.memmap(self.folder / _SAMPLES, np.uint8, "r").data).hexdigest()
+        aligner = tensor_digest(self.aligner.state_dict()) if self.aligner else "none"
+        digests = {"list": samples, "number of samples": str(len(self)), "aligner": aligner}
+        return digests | {"rows": tensor_digest({"rows": rows})}
 
     def _read(self, indices: Sequence[int]) -> list[tuple[Sample, list[int]]]:
         read, path = [], self.folder / _SAMPLES

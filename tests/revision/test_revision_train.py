@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -306,9 +307,50 @@ def test_a_resumed_training_sums_up_all_of_it(world, tmp_path, capsys):
     shutil.rmtree(tmp_path / "checkpoint-6")
     again = pretrain(run_of(world, tmp_path, trainer=steps, resume=True))
     assert again["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
-    done = pretrain(run_of(world, tmp_path, trainer=steps, resume=True))
-    assert done["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-3)
-    assert done["samples_per_second"] is None and done["steps"] == 6
+
+
+def test_a_training_that_took_its_steps_takes_none_when_resumed(world, tmp_path, capsys, caplog):
+    def _run(steps, **options):
+        trainer = {"max_steps": steps, "logging_steps": 0.5, "save_steps": 0.2}  # 6 steps a pass
+        return pretrain(run_of(world, tmp_path, trainer=trainer, **options))
+
+    whole, before = _run(4), weights(tmp_path)
+    assert _run(4, resume=True) == whole and same(weights(tmp_path), before)
+    assert "has taken its 4 steps, so nothing is trained" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    logger = logging.getLogger("transformers")  # which does not propagate
+    logger.addHandler(caplog.handler)
+    assert _run(4, resume=True)["steps"] == 4
+    logger.removeHandler(caplog.handler)
+    assert "do not match" not in caplog.text
+    assert _run(5, resume=True)["steps"] == 5
+    assert _run(3, resume=True)["steps"] == 5
+
+
+def test_a_training_is_not_resumed_with_other_inputs(world, tmp_path):
+    out, trainer = tmp_path / "out", {"max_steps": 2, "save_steps": 1}
+    write_corpus(tmp_path / "rows", IDS, seed=5)
+    write_corpus(tmp_path / "pictures", IDS[:12], modality="image", seed=3)
+    rows, pictures = Corpus(tmp_path / "rows", "text"), Corpus(tmp_path / "pictures", "image")
+    lines = (world / "list.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("a", lines[:12]), ("b", lines[1:12]), ("c", lines[:-1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    aligner = ReAlign.fit(rows, torch.randn(100, 16) + 1)
+    options = {"test": str(tmp_path / "a.jsonl"), "test_rows": pictures, "trainer": trainer}
+    config = run_of(world, out, **options)
+    pretrain(config)
+    for changes, said in (
+        ({"conversations": str(tmp_path / "c.jsonl")}, "list, number of samples"),
+        ({"rows": rows}, "rows"),
+        ({"aligner": aligner}, "aligner"),
+        ({"test": str(tmp_path / "b.jsonl")}, "test list, test number of samples"),
+    ):
+        with pytest.raises(ValueError, match=f"out: its training began with another {said}; --res"):
+            pretrain(dataclasses.replace(config, resume=True, **changes))
+    shutil.copytree(world / "corpus", tmp_path / "moved")  # where the files lie does not matter
+    more = {"rows": Corpus(tmp_path / "moved", "text")}
+    more["trainer"] = config.trainer | {"max_steps": 3, "learning_rate": 1e-3}
+    assert pretrain(dataclasses.replace(config, resume=True, **more))["steps"] == 3
 
 
 def test_a_checkpoint_that_a_kill_left_incomplete_is_passed_over(world, tmp_path):

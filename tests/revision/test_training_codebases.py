@@ -55,7 +55,7 @@ def trained(names):
         ("SharedSpace", []),
     ],
 )
-def test_other_training_codes_train_the_projector(containing, packages, run, tmp_path):
+def test_other_training_codes_train_the_projector(containing, packages, run, tmp_path, capsys):
     for package in packages:
         pytest.importorskip(package)
     names = run(containing)
@@ -63,18 +63,14 @@ def test_other_training_codes_train_the_projector(containing, packages, run, tmp
     saves = any("save_pretrained" in block for block in BLOCKS if containing in block)
     assert (tmp_path / "out" / "revision.json").is_file() == saves
     if saves:
-        options = ["--rows", "aligned", "--held-out", "0", "--set", "max_steps=1", "--quiet"]
-        options += [
-            "--set",
-            "use_cpu=true",
-            "--batch-size",
-            "8",
-            "--out",
-            "two",
-            "--set",
-            "bf16=false",
-        ]
-        assert main(["finetune", "--model", "out", "--data", "captions.jsonl", *options]) == 0
+        options = "--rows aligned --out two --held-out 0 --batch-size 8 --quiet --set max_steps=1"
+        options = (options + " --set use_cpu=true --set bf16=false").split()
+        command = ["finetune", "--model", "out", "--data", "captions.jsonl", *options]
+        assert main(command) == 0
+        for path in tmp_path.glob("out/*token*"):
+            path.unlink()
+        assert main([*command, "--out", "three"]) == 6
+        assert "out: has no tokenizer; save that of the lang" in capsys.readouterr().err
 
 
 def test_requests_of_vllm(run):
