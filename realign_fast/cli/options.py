@@ -368,3 +368,5 @@ class EvaluateOptions(TrainedModel, DataOptions):
     seed: Annotated[int, _run("seed of the texts to choose from")] = 0
     cache: Annotated[str | None, _output("directory for the prepared list", metavar="DIR",
         show_default="MODEL/data")] = None
+    losses: Annotated[str | None, _output("write the loss of every sample, a line of JSON each",
+        metavar="FILE")] = None

@@ -92,7 +92,7 @@ def evaluate(options: opts.EvaluateOptions) -> Result:
     data = prepare(options.data, rows, template, cache, side=side, **limits)
     settings = {name: getattr(options, name) for name in ("choices", "limit", "seed")}
     settings["batch"] = options.batch_size
-    figures = evaluate(model, data, aligner=aligner, **settings)
+    figures = evaluate(model, data, aligner=aligner, losses=options.losses, **settings)
     inputs = {"model": options.model, "data": options.data, "rows": options.rows}
     result = inputs | figures | {"settings": settings, "report": data.report}
     return Result(result, json.dumps(result, indent=2), answer=True)

@@ -6,8 +6,11 @@ right text among N by likelihood. Each comes with a 95% interval over the sample
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from ..align import ReAlign
 from ..interface.option_values import Modality
+from ..storage.paths import write_whole
 from .conversation_files import Sample
 from .model import ReVisionModel
 from .templates import IGNORED_LABEL, Template
@@ -38,12 +42,15 @@ def evaluate(
     limit: int | None = None,
     batch: int = 8,
     seed: int = 0,
+    losses: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Measure a model in eval mode on prepared samples (`prepare`).
 
     `aligner` maps raw text rows first; rows of a model with a space go through the side that
     `data.side` names. `limit` is the number of samples, spread over the list;
-    `batch` that of sequences at a time. `seed` draws the wrong texts and images.
+    `batch` that of sequences at a time. `seed` draws the wrong texts and images. `losses` is a file
+    for a line of JSON a sample, which compares models on the same images (`docs/revision.md`): its
+    `id`, `tokens`, `loss`, and `other_loss` with another image, null if there is none.
 
     The choice is among `choices` texts by the mean log-likelihood of their tokens (the sum would
     favour short texts); 0 leaves it out. Some texts are likelier than others with any image, which
@@ -62,6 +69,8 @@ def evaluate(
     count = len(data) if limit is None else min(limit, len(data))
     if not count:
         raise ValueError(f"evaluate: got limit {limit}, expected a number of samples from 1")
+    if losses is not None:
+        Path(losses).parent.mkdir(parents=True, exist_ok=True)
     indices = [number * len(data) // count for number in range(count)]
     samples = [data.sample(index) for index in indices]
     rows = (data if aligner is None else data.aligned(aligner)).image_rows(indices)
@@ -73,9 +82,16 @@ def evaluate(
     figures: dict[str, Any] = {"samples": len(tokens), "tokens": int(tokens.sum())}
     figures["loss"] = interval(-own, tokens)
     exchanged, differs = _exchanged(scorer, seed)
+    others = scorer.likelihoods(everyone, references, exchanged)[0] if differs.any() else own
     if differs.any():
-        gains = own - scorer.likelihoods(everyone, references, exchanged)[0]
-        figures["gain"] = interval(gains[differs], tokens[differs])
+        figures["gain"] = interval((own - others)[differs], tokens[differs])
+    if losses is not None:
+        lines = [
+            {"id": sample.id, "tokens": int(tokens[n]), "loss": -own[n]}
+            | {"other_loss": -others[n] if differs[n] else None}
+            for n, sample in enumerate(samples)
+        ]
+        write_whole(losses, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def _likelihood(numbers: Sequence[int], texts: Sequence[str]) -> Vector:
         return scorer.likelihoods(numbers, texts, numbers)[0]

@@ -122,9 +122,12 @@ def test_rows_of_another_encoder_are_refused(trained, world, tmp_path, capsys):
     assert main(words("caption", *other[:3], world / "corpus", "--row", 1)) == 0  # unknown: passes
 
 
-def test_evaluation_prints_figures_with_intervals(trained, world, capsys):
+def test_evaluation_prints_figures_with_intervals(trained, world, tmp_path, capsys):
     where = ["--data", world / "list.jsonl", "--rows", world / "corpus"]
+    where += ["--losses", tmp_path / "losses.jsonl"]
     assert main(words("evaluate", "--model", trained, *where, "--limit", 16)) == 0
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "losses.jsonl").open()]
+    assert len(losses) == 16 and max(losses) < 1
     found = json.loads(capsys.readouterr().out)
     assert found["samples"] == 16
     assert found["choice"]["value"] == 1

@@ -179,6 +179,9 @@ def test_few_samples_are_measured_without_what_they_cannot_tell(world, tmp_path)
         data, model = few(world, tmp_path / name, ids, ["a dog", "a cat", "one"])
         found = evaluate(model, data, choices=0)
         assert found["samples"] == len(data) == (3 if name == "same" else 1)
+        evaluate(model, data, choices=0, losses=tmp_path / "losses.jsonl")
+        lines = [json.loads(line) for line in (tmp_path / "losses.jsonl").open()]
+        assert [line["other_loss"] for line in lines] == [None] * len(data)
         assert "gain" not in found and found["loss"]["low"] <= found["loss"]["value"]
     assert (data.report["missing_ids"], data.report["without_ids"]) == (1, 1)
     with pytest.raises(ValueError, match="got limit 0, expected a number of samples from 1"):
@@ -201,8 +204,17 @@ def test_images_are_exchanged_with_different_ones_alone(world, tmp_path):
     pairs = [pair for pair in pairs if pair not in ((0, 1), (1, 0))]
     tokens = np.array([sum(label != -100 for label in data[a]["labels"]) for a, _ in pairs])
     gains = np.array([table[b, a] - table[a, a] for a, b in pairs])
-    found = evaluate(model, data, choices=0)
-    assert len(pairs) == 2
+    found = evaluate(model, data, choices=0, losses=tmp_path / "new" / "losses.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "new" / "losses.jsonl").open()]
+    assert [line["id"] for line in lines] == ["x1", "x1", "x2"]
+    assert [line["loss"] for line in lines] == pytest.approx(np.diag(table).tolist(), abs=1e-5)
+    others = {a: table[b, a] for a, b in pairs}
+    for text, line in enumerate(lines):
+        assert line["other_loss"] == (
+            pytest.approx(others[text], abs=1e-5) if text in others else None
+        )
+    means = np.average([line["loss"] for line in lines], weights=[line["tokens"] for line in lines])
+    assert found["loss"]["value"] == pytest.approx(means) and len(pairs) == 2
     assert found["gain"]["value"] == pytest.approx((gains * tokens).sum() / tokens.sum(), abs=1e-5)
 
 
