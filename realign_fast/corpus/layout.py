@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..interface.option_values import Modality as Modality
 from ..interface.option_values import OptionError
-from ..storage.paths import StoragePath, explained, natural_order, storage_path
+from ..storage.paths import StoragePath, explained, natural_order, records_of, storage_path
 from .format_registry import CONVERSIONS, LEFT_BY_DATASETS, format_of, read_shards
 from .formats import arrow
 
@@ -126,6 +126,8 @@ def _numbers(path: StoragePath) -> tuple[int, ...]:
 
 def check_pairs(corpus: Corpus) -> None:
     """Refuse shards whose pairs on the other side of a root have other numbers of rows."""
+    if (records_of(corpus.path) / "space.safetensors").is_file():
+        return  # an output of unify, whose sides need not be pairs
     root, row_counts = corpus.path, {shard.path: shard.num_rows for shard in corpus.shards}
     other_side = root / next(name for name in SUBFOLDERS.values() if name != corpus.subfolder)
     pairs = paired([*row_counts], shard_paths(other_side) if other_side.is_dir() else [])

@@ -242,7 +242,8 @@ def _training_arguments(config: TrainingConfig) -> TrainingArguments:
 def _ended(out: Path, checkpoint: str, inputs: dict[str, str], steps: int) -> dict[str, Any] | None:
     """Refuse other inputs than those of a checkpoint; return the summary if no step is left."""
     files = [path if (path := out / name).is_file() else None for name in (_INPUTS, _SUMMARY)]
-    begun, ended = (json.loads(path.read_bytes()) if path else {} for path in files)
+    read: list[dict[str, Any]] = [json.loads(path.read_bytes()) if path else {} for path in files]
+    begun, ended = read
     names = sorted({*inputs, *begun} if begun else ())  # an older version wrote none
     if changed := [name for name in names if begun.get(name) != inputs.get(name)]:
         fault = f"began with another {', '.join(changed)}"

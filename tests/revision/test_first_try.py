@@ -56,6 +56,27 @@ def test_the_block_of_the_page_trains_measures_and_captions(world, tmp_path, mon
     assert rows == [0, 1]
 
 
+def test_a_paired_difference_names_no_winner_by_chance(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "RUNS").mkdir()
+    random = np.random.default_rng(0)
+    hard = random.normal(4, 1, 300)  # which both arms share
+    for arm, shift in (("raw", 0), ("aligned", 0), ("centred", -0.2)):
+        for seed in (1, 2, 3):
+            losses = hard + shift + random.normal(0, 0.02) + random.normal(0, 0.3, 300)
+            lines = [{"id": str(n), "tokens": 5, "loss": loss} for n, loss in enumerate(losses)]
+            write_lines(tmp_path / "RUNS" / f"{arm}-{seed}.jsonl", lines)
+    names: dict = {}
+    exec(compile(code_of("test_first_try.py runs the comparison"), "page", "exec"), names)
+    low, high = names["compare"]("aligned", "raw")
+    assert low < 0 < high and high - low < 0.4
+    low, high = names["compare"]("centred", "raw")
+    assert -0.4 < low < -0.2 < high < 0
+    write_lines(tmp_path / "RUNS" / "raw-3.jsonl", lines[1:])
+    with pytest.raises(AssertionError):
+        names["compare"]("aligned", "raw")
+
+
 def test_the_loop_over_maps_measures_the_best_checkpoint(world, tmp_path):
     pytest.importorskip("accelerate")
     code = code_of(
@@ -99,6 +120,7 @@ def test_the_loop_over_maps_measures_the_best_checkpoint(world, tmp_path):
     evaluate = (tmp_path / "commands").read_text().splitlines()[-1]
     assert f"--model RUNS/centred-1/checkpoint-{best} " in evaluate
     figures = json.loads((tmp_path / "RUNS/centred-1.json").read_text())
+    assert len((tmp_path / "RUNS/centred-1.jsonl").read_text().splitlines()) == 16
     assert figures["samples"] == 16
     assert f'"value": {figures["loss"]["value"]}' in run.stdout
     assert f'"value": {figures["gain"]["value"]}' in run.stdout

@@ -170,6 +170,9 @@ def test_aligned_texts_in_place_of_images_are_a_warning(trained, world, tmp_path
         assert main(words("caption", *base, "--rows", rows, *more)) == 0
         warned = "expected rows of images as the encoder gave them" in capsys.readouterr().err
         assert warned is is_told
+    twice = ["--rows", aligned, "--ids", corpus, "--aligner", aligned]
+    assert main(pretrain_command(world, tmp_path / "twice", *twice)) == 3
+    assert "give the rows of the encoder, which the aligner maps" in capsys.readouterr().err
 
 
 def test_public_names_are_functions_however_often_they_are_asked_for():

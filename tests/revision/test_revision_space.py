@@ -168,6 +168,18 @@ def test_rows_that_went_through_a_space_are_refused_by_side(
         assert f"these rows went through the {side} side of " in capsys.readouterr().err
 
 
+def test_sides_of_a_space_need_not_be_pairs(model_of_texts, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for side, count in (("text", 90), ("image", 80)):
+        np.save(tmp_path / f"{side}.npy", random.normal(size=(count, 16)).astype(np.float32))
+    sides = ["--text", tmp_path / "text.npy", "--image", tmp_path / "image.npy"]
+    assert main(words("unify", *sides, "--out", tmp_path / "SPACE", "--quiet")) == 0
+    assert Corpus(tmp_path / "SPACE", "text").num_rows == 90
+    rows = ["--rows", tmp_path / "SPACE", "--row", 1]
+    assert main(words("caption", "--model", model_of_texts[0], *rows)) == 3
+    assert "these rows went through the image side of " in capsys.readouterr().err
+
+
 def test_commands_take_a_space(apart, tmp_path, capsys):
     space = ["--space", apart / "space.safetensors", "--set", "max_steps=2"]
     assert main(pretrain_command(apart, tmp_path / "one", *space)) == 0
