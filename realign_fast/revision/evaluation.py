@@ -49,8 +49,7 @@ def evaluate(
     `aligner` maps raw text rows first; rows of a model with a space go through the side that
     `data.side` names. `limit` is the number of samples, spread over the list;
     `batch` that of sequences at a time. `seed` draws the wrong texts and images. `losses` is a file
-    for a line of JSON a sample, which compares models on the same images (`docs/revision.md`): its
-    `id`, `tokens`, `loss`, and `other_loss` with another image, null if there is none.
+    for a line of JSON a sample: `id`, `tokens`, `loss` and `other_loss` (with another image).
 
     The choice is among `choices` texts by the mean log-likelihood of their tokens (the sum would
     favour short texts); 0 leaves it out. Some texts are likelier than others with any image, which

@@ -246,9 +246,8 @@ def _ended(out: Path, checkpoint: str, inputs: dict[str, str], steps: int) -> di
     begun, ended = read
     names = sorted({*inputs, *begun} if begun else ())  # an older version wrote none
     if changed := [name for name in names if begun.get(name) != inputs.get(name)]:
-        fault = f"began with another {', '.join(changed)}"
-        advice = "--resume needs the same; give them, or name another directory"
-        raise ValueError(f"{out}: its training {fault}; {advice}")
+        fault = f"its training began with another {', '.join(changed)}"
+        raise ValueError(f"{out}: {fault}; --resume needs the same, or name another directory")
     taken = json.loads((Path(checkpoint) / "trainer_state.json").read_bytes())["global_step"]
     if taken < steps or ended.get("steps") != taken:
         return None
@@ -311,17 +310,14 @@ def _prepare_data(
 ) -> tuple[Conversations, Conversations | None]:
     """Join the lists and their rows; return the samples and the held-out samples."""
     limits: dict[str, Any] = {"max_length": config.max_length, "max_skipped": config.max_skipped}
-    limits["cache"], ids = Path(config.out) / "data", config.ids
-    source = config.conversations
-    samples = prepare(source, config.rows, template, ids=ids, side=config.side, **limits)
-    samples = samples.aligned(config.aligner)
+    limits |= {"cache": Path(config.out) / "data", "ids": config.ids, "side": config.side}
+    samples = prepare(config.conversations, config.rows, template, **limits)
+    samples.aligner = config.aligner
     if config.test is not None and config.test_rows is not None:
-        ids = "row" if config.ids == "row" else None
-        test_rows = config.test_rows
-        return samples, prepare(config.test, test_rows, template, ids=ids, side="image", **limits)
-    count = config.held_out
-    if count is None:
-        count = min(_MAX_HELD_OUT, len(samples) // 100)
+        limits |= {"ids": "row" if config.ids == "row" else None, "side": "image"}
+        return samples, prepare(config.test, config.test_rows, template, **limits)
+    share = min(_MAX_HELD_OUT, len(samples) // 100)
+    count = share if config.held_out is None else config.held_out
     return samples.split(count) if count else (samples, None)
 
 

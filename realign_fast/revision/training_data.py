@@ -156,11 +156,9 @@ def check_inputs(
 
 def check_rows(space: SharedSpace | None, rows: Corpus, aligner: ReAlign | None = None) -> None:
     """Refuse rows that a space or an aligner would map a second time: those of an output."""
-    if space is not None:
-        common_encoder((rows.path, rows.encoder), ("the space", space.encoder))
-        if aligner is not None:
-            fault = "got one beside a space, which moves both sides"
-            raise ValueError(f"aligner: {fault}; leave one out")
+    common_encoder((rows.path, rows.encoder), ("the space", space.encoder if space else None))
+    if space and aligner:
+        raise ValueError("aligner: got one beside a space, which moves both sides; leave one out")
     if (space or aligner) and (moved := moved_rows(rows)):
         advice = f"give the rows of the encoder, which the {'space' if space else 'aligner'} maps"
         raise ValueError(f"{moved} already; {advice}")
@@ -254,9 +252,7 @@ class Conversations(data.Dataset[Item]):
     float32, "id": str}`, with `text_rows` if the `side` is text.
     """
 
-    def __init__(
-        self, folder: Path, rows: Corpus, template: Template, side: Modality = "image"
-    ) -> None:
+    def __init__(self, folder: Path, rows: Corpus, template: Template, side: Modality) -> None:
         """Read the samples in `folder`, which were joined to `rows`."""
         self.folder, self.rows, self.template, self.side = folder, rows, template, side
         self.report: dict[str, Any] = json.loads((folder / _REPORT).read_text())
