@@ -220,21 +220,22 @@ class Moments:
                 "init_process_group first (torchrun sets its variables)"
             )
         centre = self.scatter.centre if self.scatter is not None else None
-        own = self._flags(), 0 if self.total is None else len(self.total), centre
+        device = None if self.total is None else self.total.device.type
+        own = self._flags(), 0 if self.total is None else len(self.total), centre, device
         ranks: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(ranks, own, group)
-        columns = {columns for _, columns, _ in ranks} - {0}
+        columns = {columns for _, columns, _, _ in ranks} - {0}
         # Every rank sees a mismatch, so that all of them raise and none waits for the others.
-        if len(columns) > 1 or any(flags != ranks[0][0] for flags, _, _ in ranks):
+        if len(columns) > 1 or any(flags != ranks[0][0] for flags, *_ in ranks):
             raise ValueError(
                 f"Moments.all_reduce: this rank has {self!r}, another something else; "
                 "use one encoder and the same flags on all ranks"
             )
         if not columns:
             return self
-        default = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-        sums = self._start(columns.pop(), torch.device(default))
-        first_centre = next((centre for _, _, centre in ranks if centre is not None), None)
+        device = next(device for *_, device in ranks if device)  # that of a rank with rows
+        sums = self._start(columns.pop(), torch.device(device))
+        first_centre = next((centre for _, _, centre, _ in ranks if centre is not None), None)
         if self.scatter is not None and first_centre is not None:
             self.scatter = self.scatter.moved_to(first_centre.to(sums.total.device))
         for name, tensor in self._state().items():
@@ -366,8 +367,8 @@ class Moments:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the sums of :meth:`state_dict` in place of one's own.
 
-        They go to the device of the sums so far, if there are any. Other flags, a key that is
-        missing or unknown, and sums that were cast are a ValueError.
+        They go to the device of the sums so far; without any, they stay on their own. Other flags,
+        a key that is missing or unknown, and sums that were cast are a ValueError.
         """
         flags, own = state["flags"].tolist() if "flags" in state else None, self._flags()
         if flags is not None and flags != [*own.values()]:
@@ -390,7 +391,7 @@ class Moments:
                 f"(counts in int64), got {given}; load all keys as they were saved "
                 "(with torch.distributed.checkpoint: docs/pytorch.md, Checkpoints)"
             )
-        device = state["flags"].device if self.total is None else self.total.device
+        device = None if self.total is None else self.total.device
         self._restore({name: tensor.to(device, copy=True) for name, tensor in sums.items()})
 
     def __repr__(self) -> str:

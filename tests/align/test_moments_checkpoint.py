@@ -41,6 +41,18 @@ def test_the_recipe_of_the_page_keeps_every_row_on_any_number_of_ranks(tmp_path)
 
 
 @pytest.mark.parametrize("covariance", [False, True])
+def test_loaded_sums_stay_on_their_device(covariance):
+    state = Moments(covariance).update(torch.randn(9, 4)).state_dict()
+    host = ("flags", "counts")
+    moments = Moments(covariance)
+    moments.load_state_dict({k: v if k in host else v.to("meta") for k, v in state.items()})
+    assert moments.total.device.type == "meta" and moments.count == 9
+    moments = Moments(covariance).update(torch.randn(3, 4))
+    moments.load_state_dict(state)
+    assert moments.total.device.type == "cpu" and moments.count == 9
+
+
+@pytest.mark.parametrize("covariance", [False, True])
 def test_a_moments_without_rows_does_not_lose_those_of_a_checkpoint(tmp_path, covariance):
     moments = Moments(covariance).update(torch.randn(9, 4))
     dcp.save({"moments": moments}, checkpoint_id=tmp_path / "rows", no_dist=True)
