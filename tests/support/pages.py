@@ -19,7 +19,7 @@ class Block(NamedTuple):
     """A block of code: its language, its text, and the comment on the line above it.
 
     A shell block below ``<!-- run -->`` is run. A Python block is run unless its comment says
-    ``not run: REASON`` or ``TEST_FILE runs this``.
+    ``not run: REASON``, ``TEST_FILE runs this`` or ``TEST_FILE runs the ...``.
     """
 
     language: str
@@ -30,7 +30,7 @@ class Block(NamedTuple):
     def is_run(self) -> bool:
         """Whether `run_page` runs the block."""
         if self.language == "python":
-            return not re.match(r"not run: |tests/\S+ runs this", self.comment)
+            return not re.match(r"not run: |tests/\S+ runs ", self.comment)
         return self.comment == "run"
 
 
