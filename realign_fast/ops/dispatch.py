@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 
 from .._libraries import PACKAGE, build_info, why_not_loaded
 from . import reference, triton_ops
@@ -186,8 +185,6 @@ for _name in ("align_rows", "map_rows"):
     torch.library.register_autograd(
         f"realign_fast::{_name}", _gradient_of_rows, setup_context=_save_inputs
     )
-    # For exporters that know plain operators only, such as torch.onnx.
-    register_decomposition(getattr(torch.ops.realign_fast, _name).default)(reference.map_rows)
 
 
 def backend_of(op: str, device: torch.device | str) -> Backend:

@@ -91,7 +91,11 @@ def align_rows(
         _WRITING_OPS[row_map[0].dim() > 0](own, rows, *apart(row_map, own), length)
         return out if own is out else out.copy_(own)
     _check_dtype("align_rows", "out_dtype", out_dtype or rows.dtype)
-    kernel = reference.map_rows if is_transformed(rows) else _MAP_OPS[row_map[0].dim() > 0]
+    # ONNX knows plain operators only. A registered decomposition would make Inductor fail where the
+    # variable CI is set.
+    is_plain = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    is_plain = is_plain or is_transformed(rows)
+    kernel = reference.map_rows if is_plain else _MAP_OPS[row_map[0].dim() > 0]
     return kernel(rows, *row_map, out_dtype or rows.dtype, length)
 
 
