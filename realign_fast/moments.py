@@ -219,23 +219,25 @@ class Moments:
                 "Moments.all_reduce: torch.distributed has no process group; call "
                 "init_process_group first (torchrun sets its variables)"
             )
+        # On the CPU: every rank would open the GPU of a rank whose tensor it unpickles.
         centre = self.scatter.centre if self.scatter is not None else None
+        centre = centre if centre is None else centre.cpu()
         device = None if self.total is None else self.total.device.type
         own = self._flags(), 0 if self.total is None else len(self.total), centre, device
         ranks: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(ranks, own, group)
         columns = {columns for _, columns, _, _ in ranks} - {0}
         # Every rank sees a mismatch, so that all of them raise and none waits for the others.
-        if len(columns) > 1 or any(flags != ranks[0][0] for flags, *_ in ranks):
+        devices = {device for *_, device in ranks} - {None}
+        if len(columns) > 1 or len(devices) > 1 or any(r[0] != ranks[0][0] for r in ranks):
             raise ValueError(
                 f"Moments.all_reduce: this rank has {self!r}, another something else; "
-                "use one encoder and the same flags on all ranks"
+                "use one encoder, the same flags and the same kind of device on all ranks"
             )
         if not columns:
             return self
-        device = next(device for *_, device in ranks if device)  # that of a rank with rows
-        sums = self._start(columns.pop(), torch.device(device))
-        first_centre = next((centre for _, _, centre, _ in ranks if centre is not None), None)
+        sums = self._start(columns.pop(), torch.device(devices.pop()))
+        first_centre = next((centre for *_, centre, _ in ranks if centre is not None), None)
         if self.scatter is not None and first_centre is not None:
             self.scatter = self.scatter.moved_to(first_centre.to(sums.total.device))
         for name, tensor in self._state().items():

@@ -98,6 +98,13 @@ def different_flags(rank):
     return raised(Moments(covariance=rank == 0).update(batch(rank, 0)))
 
 
+def different_devices(rank):
+    moments = Moments().update(batch(rank, 0))
+    if rank:
+        moments.total = moments.total.to("meta")  # as if the sums were on a GPU
+    return raised(moments)
+
+
 def _under_ddp(aligner):
     """A copy of the module that DistributedDataParallel has sent the buffers of rank 0 to."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), copy.deepcopy(aligner))
@@ -185,6 +192,7 @@ SCENARIOS = (
     no_rank_with_rows,
     different_columns,
     different_flags,
+    different_devices,
     buffers_by_broadcast,
 )
 
@@ -257,8 +265,9 @@ def test_different_columns_raise_on_both_ranks(outcome):
         assert alive == 2.0
 
 
-def test_moments_of_different_kind_raise_on_both_ranks(outcome):
-    results = outcome(different_flags)
+@pytest.mark.parametrize("scenario", [different_flags, different_devices])
+def test_moments_of_different_kind_raise_on_both_ranks(outcome, scenario):
+    results = outcome(scenario)
     for rank, (message, alive) in enumerate(results):
         assert message.startswith("Moments.all_reduce: "), f"rank {rank}: {message}"
         assert alive == 2.0
