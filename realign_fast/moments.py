@@ -227,8 +227,8 @@ class Moments:
         ranks: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(ranks, own, group)
         columns = {columns for _, columns, _, _ in ranks} - {0}
-        # Every rank sees a mismatch, so that all of them raise and none waits for the others.
         devices = {device for *_, device in ranks} - {None}
+        # Every rank sees a mismatch, so that all of them raise and none waits for the others.
         if len(columns) > 1 or len(devices) > 1 or any(r[0] != ranks[0][0] for r in ranks):
             raise ValueError(
                 f"Moments.all_reduce: this rank has {self!r}, another something else; "

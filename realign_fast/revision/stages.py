@@ -241,18 +241,21 @@ def _training_arguments(config: TrainingConfig) -> TrainingArguments:
 
 def _ended(out: Path, checkpoint: str, inputs: dict[str, str], steps: int) -> dict[str, Any] | None:
     """Refuse other inputs than those of a checkpoint; return the summary if no step is left."""
-    files = [path if (path := out / name).is_file() else None for name in (_INPUTS, _SUMMARY)]
-    read: list[dict[str, Any]] = [json.loads(path.read_bytes()) if path else {} for path in files]
-    begun, ended = read
+    begun, ended = (_record_of(out / name) for name in (_INPUTS, _SUMMARY))
     names = sorted({*inputs, *begun} if begun else ())  # an older version wrote none
     if changed := [name for name in names if begun.get(name) != inputs.get(name)]:
         fault = f"its training began with another {', '.join(changed)}"
         raise ValueError(f"{out}: {fault}; --resume needs the same, or name another directory")
-    taken = json.loads((Path(checkpoint) / "trainer_state.json").read_bytes())["global_step"]
+    taken = _record_of(Path(checkpoint) / "trainer_state.json")["global_step"]
     if taken < steps or ended.get("steps") != taken:
         return None
     print(f"{out}: has taken its {taken} steps, so nothing is trained; max_steps= sets more")
     return ended
+
+
+def _record_of(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    return record
 
 
 def last_checkpoint(out: Path) -> str | None:
