@@ -120,19 +120,24 @@ class Shard(ABC):
 
     def _batches_of(self, pieces: Iterator[np.ndarray], first: int, batch_rows: int) -> Batches:
         """Cut pieces into batches; a batch is a view of a writable piece that holds all of it."""
-        row, missing, parts = first, 0, list[np.ndarray]()
+        row, filled, batch = first, 0, np.empty(0)
         for piece in pieces:
             while len(piece):
-                missing = missing or min(batch_rows - row % batch_rows, self.num_rows - row)
-                if not missing:
+                count = min(batch_rows - row % batch_rows, self.num_rows - row)
+                if not count:
                     raise self.changed_error()
-                parts.append(piece[:missing])
-                piece, missing = piece[missing:], missing - len(parts[-1])
-                if not missing:
-                    is_view = len(parts) == 1 and parts[0].flags.writeable
-                    batch = parts[0] if is_view else np.concatenate(parts)
+                if not filled and piece.flags.writeable and len(piece) >= count:
+                    yield row, torch.from_numpy(piece[:count]).view(self.torch_dtype)
+                    piece, row = piece[count:], row + count
+                    continue
+                if not filled:
+                    batch = np.empty((count, piece.shape[1]), piece.dtype)
+                part = piece[: count - filled]
+                batch[filled : filled + len(part)] = part
+                piece, filled = piece[len(part) :], filled + len(part)
+                if filled == count:
                     yield row, torch.from_numpy(batch).view(self.torch_dtype)
-                    row, parts = row + len(batch), []
+                    row, filled, batch = row + count, 0, np.empty(0)
         if row != self.num_rows:
             raise self.changed_error()
 

@@ -169,7 +169,7 @@ class Checkpoints:
         facts: Entry | None = None,
     ) -> Entry:
         """Save the moments of a finished shard; return its entry, with ``facts`` for ``verify``."""
-        path = self._moments_path(shard, None if result else shard_identity)
+        path = self._moments_path(shard, shard_identity if result is None else None)
         path.parent.mkdir(parents=True, exist_ok=True)
         moments.save(path)
         entry = _entry(path, path) | (facts or {})

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,20 @@ def test_any_chunks_any_batches_any_start(tmp_path, form, rows, chunk, batch, st
     save_table(table_of(data, kind), path, file, chunk)
     got = [batch.rows for batch in Corpus(path).batches(batch_rows=batch, start=start)]
     np.testing.assert_array_equal(torch.cat([torch.empty(0, DIMENSION), *got]), data[start:])
+
+
+def test_pieces_are_joined_in_the_memory_of_one_batch(tmp_path):
+    """The reader of a tar gives row after row; a batch of views would hold them all as well."""
+    np.save(tmp_path / "rows.npy", random_rows(3000, columns=256))
+    convert(Corpus(tmp_path / "rows.npy"), tmp_path / "tar", "tar")
+    tracemalloc.start()
+    try:
+        for batch in Corpus(tmp_path / "tar").batches(batch_rows=1000):
+            assert batch.rows.shape == (1000, 256)
+        batch_bytes = 1000 * 256 * 4  # that of the loop, and the one that is filled meanwhile
+        assert tracemalloc.get_traced_memory()[1] < 2.6 * batch_bytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_another_column_is_read_by_its_name(tmp_path):
