@@ -27,6 +27,7 @@ def one_thread(algebra: Callable[Parameters, Result]) -> Callable[Parameters, Re
 
     @functools.wraps(algebra)
     def on_one_thread(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        """Call the function on one thread and restore the caller's number of threads."""
         threads, outer = torch.get_num_threads(), getattr(_caller, "threads", None)
         torch.set_num_threads(1)
         _caller.threads = outer or threads
@@ -51,6 +52,7 @@ def at_once(calls: Sequence[Callable[[], Result]], beside: Tensor) -> list[Resul
 
     @torch.inference_mode(torch.is_inference_mode_enabled())  # (each thread has a mode of its own)
     def run(call: Callable[[], Result]) -> Result:
+        """Run a call in the caller's mode, whose tensors no other mode may write to."""
         return call()
 
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

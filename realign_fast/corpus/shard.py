@@ -218,6 +218,7 @@ class ContiguousShard(Shard):
             yield file
 
     def read(self, first: int, batch_rows: int) -> Batches:
+        """Yield views of the mapped file, or of ranges that were read; see `Shard.read`."""
         is_aligned = self.offset % self.dtype.itemsize == 0
         if self.path.is_remote or not (io_extension.io and is_aligned):
             return super().read(first, batch_rows)
@@ -242,9 +243,11 @@ class ContiguousShard(Shard):
         return taken
 
     def rows_read(self, ids: np.ndarray) -> int:
+        """Return the number of rows, which are read alone; see `Shard.rows_read`."""
         return len(ids)
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield the bytes of ranges that are read ahead; see `Shard.pieces`."""
         step = max(1, read_ahead.PIECE_BYTES // self.row_bytes)
         starts = range(first, self.num_rows, step)
         return self._ranges([(row, min(row + step, self.num_rows)) for row in starts])

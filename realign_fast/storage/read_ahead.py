@@ -71,12 +71,15 @@ class ReadAhead(io.RawIOBase):
         self.error: OSError | None = None
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move the position and return it; ValueError if it would be negative."""
         bases = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}
         position = offset + bases[whence]
         if position < 0:
@@ -100,6 +103,7 @@ class ReadAhead(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
+        """Forget the pieces and cancel what was requested."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._pieces.clear()
         super().close()

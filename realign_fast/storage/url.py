@@ -76,10 +76,12 @@ class Url:
 
     @property
     def stem(self) -> str:
+        """The name without its suffix."""
         return os.path.splitext(self.name)[0]
 
     @property
     def suffix(self) -> str:
+        """The end of the name from its last dot on."""
         return os.path.splitext(self.name)[1]
 
     @property
@@ -115,6 +117,7 @@ class Url:
         return Url, (self._text,)
 
     def is_file(self) -> bool:
+        """Return whether a file is there."""
         return self._entry_type() == "file"
 
     def is_dir(self) -> bool:
@@ -122,6 +125,7 @@ class Url:
         return self._entry_type() == "directory"
 
     def exists(self) -> bool:
+        """Return whether anything is there."""
         return self._entry_type() is not None
 
     def iterdir(self) -> Iterator[Url]:
@@ -223,6 +227,7 @@ class Url:
         )
 
     def unlink(self, missing_ok: bool = False) -> None:
+        """Remove the file."""
         try:
             self._ask(lambda fs, path: fs.rm_file(path), "removed")
         except FileNotFoundError:

@@ -71,10 +71,12 @@ class NpzShard(Shard):
         return _kept_entries(self.path, self.stamp, absolute(self.path))
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield copies of the rows; see `Shard.pieces`."""
         starts = range(first, self.num_rows, batch_rows)
         return (self._rows(slice(row, row + batch_rows)).copy() for row in starts)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
+        """Return the bytes of the rows at `ids`."""
         return self._rows(ids).view(np.uint8)
 
     def _rows(self, selection: Any) -> np.ndarray:

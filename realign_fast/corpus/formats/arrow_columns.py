@@ -171,6 +171,7 @@ class TableShard(Shard):
 
     @property
     def has_other_columns(self) -> bool:
+        """True if the table has other columns than the rows."""
         return len(self.schema) > 1
 
     @abstractmethod
@@ -178,6 +179,7 @@ class TableShard(Shard):
         """Yield the columns of these names from row `first` on, as record batches of any size."""
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield the rows of each record batch; see `Shard.pieces`."""
         for batch in self.record_batches([self.column], first):
             with decoded(self.path):
                 rows = rows_of(batch.column(self.column), self, first)
@@ -193,6 +195,7 @@ class TableShard(Shard):
             yield batch
 
     def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+        """Yield the columns other than the rows; see `Shard.other_columns`."""
         for batch in self.other_batches(only):
             yield from batch.to_pylist()
 

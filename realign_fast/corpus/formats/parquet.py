@@ -59,6 +59,7 @@ class ParquetShard(tables.TableShard):
     group_starts: np.ndarray = field(repr=False, compare=False)  # the first row of each, and all
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield rows that were copied from pages or decoded; see `Shard.pieces`."""
         with _opened(self.path) as (file, descriptor, _):
             pages = ColumnPages(file, descriptor, self)
             for group, (start, end) in enumerate(pairwise(_row_group_starts(file).tolist())):
@@ -87,6 +88,7 @@ class ParquetShard(tables.TableShard):
             raise ValueError(f"{self.path}: {problem}; write it again")
 
     def take(self, ids: np.ndarray) -> np.ndarray:
+        """Return the bytes of the rows at sorted `ids`; pyarrow reads the row groups of theirs."""
         taken = np.empty((len(ids), self.dimension), self.dtype)
         with self.noticing_changes(), _opened(self.path) as (file, descriptor, raw):
             pages, groups = ColumnPages(file, descriptor, self), self._groups_of(ids)
@@ -126,6 +128,7 @@ class ParquetShard(tables.TableShard):
         return np.searchsorted(self.group_starts, ids, side="right") - 1
 
     def record_batches(self, names: list[str], first: int = 0) -> Iterator[Any]:
+        """Yield columns as record batches of `COLUMN_ROWS` rows."""
         with _opened(self.path) as (file, *_):
             yield from file.iter_batches(COLUMN_ROWS, columns=names)
 

@@ -66,6 +66,7 @@ class PickledShard(Shard):
         return _entries(self.path, self.stamp, absolute(self.path))
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield rows that were copied from the file; see `Shard.pieces`."""
         return self.filled(first, self.num_rows, batch_rows, self._fill)
 
     def _fill(self, first: int, batch: np.ndarray) -> None:
@@ -73,6 +74,7 @@ class PickledShard(Shard):
             self.places.read(descriptor, first, batch)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
+        """Return the bytes of the rows at sorted `ids`; see `Shard.take`."""
         self.check_unchanged()
         taken = np.empty((len(ids), self.dimension), self.dtype)
         with self.unchanged_file() as descriptor:
@@ -93,13 +95,16 @@ class PickledShard(Shard):
 
     @property
     def has_other_columns(self) -> bool:
+        """True if an entry has another key than that of the rows."""
         return bool(self.places and self.places.has_others)
 
     def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+        """Yield the entries without their rows."""
         for entry in self.built_entries:
             yield {key: entry[key] for key in entry if key != self.column}
 
     def writer(self, path: AnyPath) -> FormatWriter:
+        """Return a writer of a copy of the file with other rows."""
         is_copied = (places := self.places) and places.replaceable
         writer_class = PickleCopy if is_copied else PickleWriter
         return writer_class(path, self.num_rows, self.dimension, self.torch_dtype, self)

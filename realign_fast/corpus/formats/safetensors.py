@@ -86,6 +86,7 @@ class TensorShard(ContiguousShard):
     writer_class = TensorWriter
 
     def other_columns(self, only: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+        """Yield the other tensors; see `Shard.other_columns`."""
         with self.opened() as file:
             header, data_offset = _header(file, self.path)
             names = selected((name for name in header if name != self.column), only)

@@ -109,6 +109,7 @@ class TarShard(Shard):
     writer_class = TarWriter
 
     def pieces(self, first: int, batch_rows: int) -> Iterator[np.ndarray]:
+        """Yield rows one at a time; see `Shard.pieces`."""
         with opened_tar(self.path) as tar:
             rows = ((member, row) for member, row in self.members(tar) if row is not None)
             for member, row in islice(rows, first, None):

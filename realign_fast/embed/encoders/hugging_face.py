@@ -57,6 +57,7 @@ class HuggingFaceEncoder(Encoder):
             self._take(model)
 
     def prepare_image(self, image: Any) -> torch.Tensor:
+        """Return the pixels `[3, height, width]` that the processor makes."""
         pixels: torch.Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
         return pixels
 

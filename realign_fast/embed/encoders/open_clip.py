@@ -64,6 +64,7 @@ class OpenClipEncoder(Encoder):
             self._take(clip)
 
     def prepare_image(self, image: Any) -> torch.Tensor:
+        """Return normalized pixels `[3, height, width]`."""
         pixels: torch.Tensor = self._prepare(image)
         return pixels
 
