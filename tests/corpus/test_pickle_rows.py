@@ -386,6 +386,25 @@ def test_located_and_built_rows_agree_in_any_pickle(tmp_path, data):
     agree(save(tmp_path / "x.pkl", data))
 
 
+@pytest.mark.parametrize(
+    "flag, is_read",
+    [
+        (b"K\1", True),
+        (b"J\xff\xff\xff\xff", True),
+        (b"\x8a\5\0\0\0\0\1", False),  # 2^32, which C's int does not hold
+        (b"]", False),
+        (b"N", False),
+        (b"G" + bytes(8), False),
+    ],
+)
+def test_the_order_of_an_array_is_an_int_of_c(tmp_path, flag, is_read):
+    """NumPy refuses others; found by ``hostile.sanitizers``, which drew an empty list."""
+    data = pickle.dumps([{"embed": np.ones(3)}], protocol=3)
+    assert data.count(b"\x89C") == 1
+    path = save(tmp_path / "x.pkl", data.replace(b"\x89C", flag + b"C"))
+    assert agree(path) == is_read
+
+
 @pytest.mark.parametrize("protocol", [3, 4, 5])
 def test_and_about_whole_ones(tmp_path, protocol):
     """The test above is not of errors alone."""

@@ -379,7 +379,12 @@ void Values::build(Value target, Value state) {
   const auto given = items(state);
   if (target.type == ValueType::array) {
     auto& array = arrays[target.at];
-    if (array.built || given.size() != 5 || !is_integer(given[0], 1)) {
+    // NumPy reads an int of C: whether it is in Fortran's order, which is the same for rows.
+    const auto is_flag = [](Value value) {
+      return value.type == ValueType::boolean ||
+             (value.type == ValueType::integer && value.at == static_cast<int32_t>(value.at));
+    };
+    if (array.built || given.size() != 5 || !is_integer(given[0], 1) || !is_flag(given[3])) {
       throw NotPlain("an array has an unexpected state");
     }
     array = described(given[4], given[2], given[1]);
