@@ -1,4 +1,4 @@
-"""Let every call of the system on an output fail once: EIO, ENOSPC, EINTR and short writes.
+"""Let every call of the system on an output fail once, or write half of its bytes.
 
     PYTHONPATH=.:tests python -m hostile.faults --command align
 
@@ -30,7 +30,8 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-KINDS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EINTR": errno.EINTR, "short": 0}
+KINDS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EDQUOT": errno.EDQUOT}
+KINDS |= {"EMFILE": errno.EMFILE, "EINTR": errno.EINTR, "short": 0}
 # What a program repeats after a signal (signal(7)), and a short write or read.
 REPEATED = ("open", "read", "pread", "write", "pwrite", "fsync", "fdatasync", "ftruncate")
 SECONDS = 60  # a run that takes longer hangs
@@ -188,9 +189,16 @@ def files_of(out: Path) -> dict[str, bytes]:
 
 
 def run(
-    arguments: list[str], out: Path, failing_call: int, error: int
+    arguments: list[str],
+    out: Path,
+    failing_call: int,
+    error: int,
+    action: Callable[[], object] | None = None,
 ) -> tuple[int | None, str, int, str]:
-    """Run a command in a fork; return its status, what it said, its calls, and which one failed."""
+    """Run a command in a fork; return its status, what it said, its calls, and which one failed.
+
+    With an action, the call does not fail: the action is called before it.
+    """
     from realign_fast.cli import main as command_line  # imported before the fork
 
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as facts:
@@ -202,6 +210,9 @@ def run(
                 signal.alarm(SECONDS)
                 with redirect_stdout(said), redirect_stderr(said):
                     library.faults_arm(os.fsencode(out), ctypes.c_long(failing_call), error)
+                    act = ctypes.CFUNCTYPE(None)(action or int)
+                    if action:
+                        library.faults_act(act)
                     status = command_line.main(arguments) or 0
                     calls, failed = library.faults_calls(), library.faults_failed()
                     library.faults_disarm()

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from hostile.faults import KINDS
+from hostile.surroundings import CHANGES
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,7 +43,17 @@ preloads = pytest.mark.skipif(
 def test_failed_calls_leave_whole_shards_and_a_run_that_continues(command, sites):
     result, faults = attack("--command", command, "--sites", sites)
     assert not result["faults"], faults
-    assert result["sites"] > 150 and result["tried"] == 4 * int(sites)
+    assert result["sites"] > 150 and result["tried"] == len(KINDS) * int(sites)
+
+
+@preloads
+def test_surroundings_that_change_leave_the_bytes_of_a_run_and_one_that_continues():
+    changes, said = attack("--sites", "2", module="hostile.surroundings")
+    assert not changes["faults"], said
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    tried = {line["change"]: line["tried"] for line in lines}
+    assert set(tried) == set(CHANGES)
+    assert all(count == 2 for change, count in tried.items() if change != "a full disk"), said
 
 
 @preloads

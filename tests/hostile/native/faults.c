@@ -1,5 +1,6 @@
 // A library for LD_PRELOAD that lets one call of the system fail, or write a part of its bytes, on
-// files below a folder. tests/hostile/faults.py arms it in a fork and counts the calls.
+// files below a folder, or does something else before that call. tests/hostile/faults.py arms it in
+// a fork and counts the calls.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -9,8 +10,10 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 static char folder[4096];
@@ -18,6 +21,8 @@ static atomic_long calls;
 static long failing_call = -1;  // counted from 0
 static int failing_errno;       // 0: a write of half the bytes
 static char failed[4352];       // the name of the call that failed, and its file
+static void (*action)(void);    // is called before the call, which then goes on
+static atomic_long clock_step;  // seconds that the clock of the day is ahead
 
 // Watches the files below `path` from now on; call number `at` fails with `error`.
 void faults_arm(const char* path, long at, int error) {
@@ -25,9 +30,13 @@ void faults_arm(const char* path, long at, int error) {
   failing_call = at;
   failing_errno = error;
   failed[0] = 0;
+  action = NULL;
   atomic_store(&calls, 0);
 }
 
+// The call that was armed does not fail: `act` runs before it.
+void faults_act(void (*act)(void)) { action = act; }
+void faults_step_clock(long seconds) { atomic_store(&clock_step, seconds); }
 void faults_disarm(void) { folder[0] = 0; }
 long faults_calls(void) { return atomic_load(&calls); }
 const char* faults_failed(void) { return failed; }
@@ -36,6 +45,10 @@ static int fails(const char* name, const char* path) {
   if (!folder[0] || !path || strncmp(path, folder, strlen(folder))) return 0;
   if (atomic_fetch_add(&calls, 1) != failing_call) return 0;
   snprintf(failed, sizeof failed, "%s %s", name, path);
+  if (action) {
+    action();
+    return 0;
+  }
   errno = failing_errno;
   return 1;
 }
@@ -130,3 +143,19 @@ ON_WRITE(pwrite, (int descriptor, const void* data, size_t bytes, off_t at),
          (descriptor, data, bytes, at), (descriptor, data, half, at))
 ON_WRITE(pwrite64, (int descriptor, const void* data, size_t bytes, off64_t at),
          (descriptor, data, bytes, at), (descriptor, data, half, at))
+
+int clock_gettime(clockid_t clock, struct timespec* now) {
+  const int status = REAL(clock_gettime)(clock, now);
+  if (status == 0 && clock == CLOCK_REALTIME) now->tv_sec += atomic_load(&clock_step);
+  return status;
+}
+int gettimeofday(struct timeval* now, void* zone) {
+  const int status = REAL(gettimeofday)(now, zone);
+  if (status == 0) now->tv_sec += atomic_load(&clock_step);
+  return status;
+}
+time_t time(time_t* now) {
+  const time_t seconds = REAL(time)(NULL) + atomic_load(&clock_step);
+  if (now) *now = seconds;
+  return seconds;
+}
