@@ -11,6 +11,7 @@ start of AnisoAlign (arXiv 2605.07825), on the demo corpus, on COCO pairs, on ch
     python examples/substitution_study.py OUT --pairs coco.npy       # [2, N, D]: images, texts
     python examples/substitution_study.py OUT --checkpoints dynamics/rows
     python examples/substitution_study.py OUT --only "demo" --seeds 2
+    python examples/substitution_study.py OUT --jobs 2                  # two processes
 
 Each task and seed writes OUT/cells/TASK/SEED.json and is not measured again, so a stopped run
 continues with the same command. OUT/study.md holds the tables, OUT/study.json their numbers.
@@ -30,9 +31,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,7 @@ SHARED_COMPONENTS = 32  # labels of pairs without captions
 READER = Reader(steps=4000, batch=64, held_out=0.1)
 TRANSPORT: dict[str, Any] = {"method": "optimal-transport", "shrinkage": "oas"}
 FIXED_STEPS = (100, 200, 400, 800, 1600, 3200)
+SEEDS, FEWER_SEEDS = 5, 2  # of the tasks that decide an ordering, and of the others
 
 
 def unit(rows: Tensor) -> Tensor:
@@ -80,6 +84,7 @@ class Task:
     data: Callable[[int], Data]  # of a seed
     arms: Mapping[str, Fit]
     reader: Reader = READER
+    seeds: int = FEWER_SEEDS  # unless --seeds says how many
 
 
 # --- the maps -------------------------------------------------------------------------------------
@@ -356,10 +361,10 @@ def few_rows(count: int) -> dict[str, Fit]:
 def tasks(options: argparse.Namespace) -> dict[str, Task]:
     """Return the tasks by name, in the order in which they are measured."""
     found: dict[str, Task] = {}
-    found["demo"] = Task(demo, ARMS)
+    found["demo"] = Task(demo, ARMS, seeds=SEEDS)
     if options.pairs:
         rows = torch.from_numpy(np.load(options.pairs))
-        found["pairs"] = Task(lambda _: paired(*rows), ARMS)
+        found["pairs"] = Task(lambda _: paired(*rows), ARMS, seeds=SEEDS)
         for count in (25, 50, 100, 200):
             arms = few_rows(count) | {
                 "few images: ReAlign": family(images=count),
@@ -379,7 +384,7 @@ def tasks(options: argparse.Namespace) -> dict[str, Task]:
                 name = f"synthetic, {spread}, drift {'on' if drifts else 'off'}, {gap}"
                 draw = synthetic(anisotropic, drifts, scale, diagonal)
                 arms = {name: arm for name, arm in ARMS.items() if name in THEORY}
-                found[name] = Task(draw, arms)
+                found[name] = Task(draw, arms, seeds=SEEDS)
     for path in sorted(options.checkpoints.glob("step_*")) if options.checkpoints else ():
         rows = load_file(path)
         sides = rows["trained.image"], rows["trained.text"]
@@ -528,6 +533,24 @@ def report(out: Path, names: list[str]) -> str:
     return text
 
 
+def measure_cell(options: argparse.Namespace, name: str, seed: int) -> None:
+    """Measure a task with a seed, and write its cell."""
+    torch.set_num_threads(1)
+    task = tasks(options)[name]
+    if options.steps:
+        task = replace(task, reader=replace(task.reader, steps=options.steps))
+    cell, path = measure(task, seed), cell_path(options, name, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(cell, indent=1))
+    os.replace(partial, path)
+    print(f"{name}, seed {seed}: {cell['seconds']} s", flush=True)
+
+
+def cell_path(options: argparse.Namespace, name: str, seed: int) -> Path:
+    return Path(options.out, "cells", name, f"{seed}.json")
+
+
 def main() -> None:
     """Measure the cells that are missing, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -535,28 +558,26 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, help="npy file [2, N, D] of images and their texts")
     parser.add_argument("--checkpoints", type=Path, help="OUT/rows of training_dynamics.py")
     parser.add_argument("--only", help="tasks whose names begin so")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--seeds", type=int, help=f"(default: {SEEDS}, of most tasks {FEWER_SEEDS})"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--steps", type=int, help="of every reader, to try the script")
     parser.add_argument("--list", action="store_true", help="print the tasks")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     found = tasks(options)
     if options.list:
         print("\n".join(found))
         return
-    for seed in range(options.seeds):  # a seed is finished before the next begins
-        for name, task in found.items():
-            path = options.out / "cells" / name / f"{seed}.json"
-            if path.exists():
-                continue
-            if options.steps:
-                task = replace(task, reader=replace(task.reader, steps=options.steps))
-            cell = measure(task, seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(cell, indent=1))
-            os.replace(partial, path)
-            print(f"{name}, seed {seed}: {cell['seconds']} s", flush=True)
+    missing = [  # a seed is finished before the next begins
+        (name, seed)
+        for seed in range(options.seeds or SEEDS)
+        for name, task in found.items()
+        if seed < (options.seeds or task.seeds) and not cell_path(options, name, seed).exists()
+    ]
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        for cell in [pool.submit(measure_cell, options, *cell) for cell in missing]:
+            cell.result()
     print(report(options.out, list(found)))
 
 
