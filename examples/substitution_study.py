@@ -575,9 +575,13 @@ def main() -> None:
         for name, task in found.items()
         if seed < (options.seeds or task.seeds) and not cell_path(options, name, seed).exists()
     ]
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        for cell in [pool.submit(measure_cell, options, *cell) for cell in missing]:
-            cell.result()
+    if options.jobs == 1:
+        for cell in missing:
+            measure_cell(options, *cell)
+    else:
+        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+            for result in [pool.submit(measure_cell, options, *cell) for cell in missing]:
+                result.result()
     print(report(options.out, list(found)))
 
 
