@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from substitution_study import STUDENT, verdict
-from training_dynamics import processor
 
 # Of the arms in their order; colour-blind readers can tell them apart (Okabe and Ito, and grey).
 COLORS = ("#999999", "#E69F00", "#D55E00", "#0072B2", "#009E73", "black")
@@ -29,6 +27,8 @@ ORDERINGS = {  # worse and better arm
     "ours: text as it is < both sides centred": ("text as it is", "both sides centred"),
     "ours: optimal transport < both sides centred": ("optimal transport", "both sides centred"),
     "real pairs are the ceiling": ("both sides centred", "real pairs"),
+    "real pairs are the ceiling, with the best map": ("optimal transport", "real pairs"),
+    "paper: text as it is < real pairs": ("text as it is", "real pairs"),
     "4 times as long: text as it is < both sides centred": (
         "text as it is, 4 times",
         "both sides centred, 4 times",
@@ -92,13 +92,15 @@ def distance(results: Results, figure: str) -> float:
 
 def table(results: Results, order: list[str]) -> list[str]:
     """Return a Markdown table with a row for each arm: mean, and half width over seeds."""
-    lines = ["| arm | seeds | gain | loss | best checkpoint, step |", "|---" * 5 + "|"]
+    head = "| arm | seeds | gain | loss | loss of the training | best checkpoint, step |"
+    lines = [head, "|---" * 6 + "|"]
     for arm in order:
         cells = []
         for figure in FIGURES:
             values = [result[figure]["value"] for result in results[arm].values()]
             mean, width = mean_and_width(np.array(values))
             cells.append(f"{mean:.3f}" + (f" ± {width:.3f}" if len(values) > 1 else ""))
+        cells.append(f"{np.mean([one['training_loss'] for one in results[arm].values()]):.3f}")
         best = [
             min(result["curve"], key=lambda point: point[1])[0] for result in results[arm].values()
         ]
@@ -177,7 +179,7 @@ def write_report(out: Path, folder: Path, threads: int, order: list[str]) -> Non
         raise SystemExit(f"{out}: holds no results yet; run without --write first")
     about = {
         "date": max(result["date"] for result in finished),
-        "machine": f"{processor()}, {platform.system()}",
+        "machine": ", ".join(sorted({result["machine"] for result in finished})),
         "threads": threads,
         "torch": torch.__version__,
         "transformers": transformers_version,

@@ -11,6 +11,7 @@ lowest loss on some of the new pictures is measured on the others.
     python examples/text_instead_of_pairs.py --out OUT                  # hours; see below
     python examples/text_instead_of_pairs.py --out OUT --quick          # minutes
     python examples/text_instead_of_pairs.py --out OUT --write FOLDER   # report what is finished
+    python examples/text_instead_of_pairs.py --out OUT --go-on JSON     # keep a report's results
 
 No picture is needed: rows and captions come with the package. Every arm and seed writes a file to
 OUT/results and is not run again, and a run that was stopped continues from its last checkpoint, so
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shutil
 import time
@@ -37,6 +39,7 @@ import numpy as np
 import torch
 from pairs_report import write_report
 from torch import Tensor
+from training_dynamics import processor
 
 from realign_fast import Corpus, ReAlign, SharedSpace
 from realign_fast.demo import DATA
@@ -174,10 +177,11 @@ def write_list(path: Path, chosen: list[Entry]) -> str:
 
 def train(
     arm: Arm, parts: Split, start: Path, work: Path, seed: int, settings: Settings
-) -> tuple[Path, list[tuple[int, float]]]:
+) -> tuple[Path, list[tuple[int, float]], float]:
     """Train an arm in `work`, or go on with it.
 
-    Returns the best checkpoint, and (step, loss on watched pictures) of every checkpoint.
+    Returns the best checkpoint, (step, loss on watched pictures) of every checkpoint, and the mean
+    loss of the training in its last quarter.
     """
     from realign_fast.revision import TrainingConfig, pretrain
 
@@ -220,12 +224,10 @@ def train(
     if not (work / "model" / "training.json").exists():  # which ends a training
         pretrain(config)
     state = json.loads((work / "model" / "trainer_state.json").read_text())
-    log = [
-        (entry["step"], entry["eval_loss"])
-        for entry in state["log_history"]
-        if "eval_loss" in entry
-    ]
-    return Path(state["best_model_checkpoint"]), log
+    history = state["log_history"]
+    log = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    losses = [entry["loss"] for entry in history if "loss" in entry] or [math.nan]
+    return Path(state["best_model_checkpoint"]), log, float(np.mean(losses[-len(losses) // 4 :]))
 
 
 def measure(model_folder: Path, test: str) -> dict[str, Any]:
@@ -245,10 +247,11 @@ def run_arm(name: str, seed: int, settings: Settings, out: Path) -> dict[str, An
     work = out / "runs" / f"{name} {seed}"
     work.mkdir(parents=True, exist_ok=True)
     start = out.parent / "language_model"
-    best, curve = train(ARMS[name], parts, start, work, seed, settings)
+    best, curve, training_loss = train(ARMS[name], parts, start, work, seed, settings)
     figures = measure(best, write_list(work / "test.jsonl", parts.test))
     shutil.rmtree(work)
     result = {"arm": name, "seed": seed, "date": date.today().isoformat(), "curve": curve}
+    result |= {"training_loss": training_loss, "machine": processor()}
     return result | figures | {"seconds": round(time.time() - began, 1)}
 
 
@@ -265,6 +268,9 @@ def main() -> None:
     parser.add_argument(
         "--write", type=Path, metavar="FOLDER", help="only report what is finished, in FOLDER"
     )
+    parser.add_argument(
+        "--go-on", type=Path, metavar="REPORT", help="json of a report, whose results are kept"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     settings = QUICK if options.quick else FULL
@@ -274,6 +280,14 @@ def main() -> None:
     if about.exists() and json.loads(about.read_text()) != expected:
         raise SystemExit(f"{out} holds results of other settings: give another --out")
     about.write_text(json.dumps(expected))
+    if options.go_on:
+        report = json.loads(options.go_on.read_text())
+        if report["settings"] != expected:
+            raise SystemExit(f"{options.go_on} has results of other settings: {report['settings']}")
+        for result in report["results"]:
+            file = out / "results" / f"{result['arm']} {result['seed']}.json"
+            result = {"machine": report["machine"]} | result
+            file.write_text(json.dumps(result, indent=1) + "\n")
     seeds = options.seeds or (1 if options.quick else SEEDS)
     arms = options.arms or (QUICK_ARMS if options.quick else tuple(ARMS))
     if options.write is None:

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +37,7 @@ TESTS += [f"tests/corpus/test_{name}.py" for name in READERS]
 # The last one asks for freed memory to be gone; AddressSanitizer keeps it, to see its use.
 LEFT_OUT = "not ptx and not reference and not triton and not freed_by_another_thread"
 BEGIN = r"^={18}$|^=+$|(?=^\S+: runtime error: )"  # of a report
-LIBRARIES = ("_C.abi3.so", "_io.abi3.so")
+LIBRARIES = {"_C.abi3.so": "csrc/cpu/", "_io.abi3.so": "csrc/io/"}  # and their sources
 
 
 class Sanitizer(NamedTuple):
@@ -147,9 +148,14 @@ def run(
         report
         for text in texts
         for report in re.split(BEGIN, text, flags=re.M)
-        if any(name in report for name in LIBRARIES)
+        if any(map(partial(concerns, report), LIBRARIES))
     ]
     return done.returncode, done.stdout.strip().rpartition("\n")[2], reports
+
+
+def concerns(report: str, library: str) -> bool:
+    """Return whether a report names a library, or a source of it."""
+    return library in report or LIBRARIES[library] in report
 
 
 def plant(tree: Path, faults: dict[str, tuple[str, str]]) -> None:
@@ -177,7 +183,7 @@ def main() -> None:
         joins = build(tree, sanitizer.flags)
         status, said, reports = run(tree, sanitizer, joins, options.tests, options.threads)
         os.chdir(ROOT)
-    found = {name: sum(name in report for report in reports) for name in LIBRARIES}
+    found = {name: sum(concerns(report, name) for report in reports) for name in LIBRARIES}
     facts = {"sanitizer": options.sanitizer, "tests": said, "reports": found, "status": status}
     print(json.dumps(facts))
     if options.planted:

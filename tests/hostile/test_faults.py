@@ -38,7 +38,7 @@ preloads = pytest.mark.skipif(
 @preloads
 @pytest.mark.parametrize(
     "command, sites",
-    [("align", "4"), pytest.param("unify", "60", marks=pytest.mark.slow)],
+    [("align", "2"), pytest.param("unify", "60", marks=pytest.mark.slow)],
 )
 def test_failed_calls_leave_whole_shards_and_a_run_that_continues(command, sites):
     result, faults = attack("--command", command, "--sites", sites)

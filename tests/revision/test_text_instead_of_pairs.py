@@ -76,7 +76,7 @@ def test_an_arm_keeps_its_best_checkpoint_and_goes_on(world, tmp_path, name):
     settings = dataclasses.replace(pairs.QUICK, steps=4, checkpoints=2, rate=1e-2)
     parts = pairs.split(0, settings)
     run = (pairs.ARMS[name], parts, world / "llama", tmp_path, 0, settings)
-    best, curve = pairs.train(*run)
+    best, curve, _ = pairs.train(*run)
     assert [step for step, _ in curve] == [2, 4]
     assert best.name == f"checkpoint-{min(curve, key=lambda point: point[1])[0]}"
     assert (best / "space.safetensors").is_file() == (name == "both sides centred")
@@ -87,7 +87,7 @@ def test_an_arm_keeps_its_best_checkpoint_and_goes_on(world, tmp_path, name):
     assert all(own) or (name == "blind" and sum(own) < len(own) / 4)
     (tmp_path / "model" / "training.json").unlink()
     shutil.rmtree(tmp_path / "model" / "checkpoint-4")  # as if it had been stopped before
-    assert pairs.train(*run) == (best, curve)
+    assert pairs.train(*run)[:2] == (best, curve)
     figures = pairs.measure(best, pairs.write_list(tmp_path / "test.jsonl", parts.test))
     assert figures["samples"] == settings.measured and figures["gain"].keys() >= {"value"}
 
@@ -99,6 +99,7 @@ def results_of(table):
             seed: {
                 "gain": {"value": gain},
                 "loss": {"value": -gain},
+                "training_loss": 4.25,
                 "curve": [[35, 6.0], [70, 5.0], [105, 5.5]],
             }
             for seed, gain in enumerate(gains)
@@ -132,7 +133,7 @@ def test_a_difference_is_judged_by_its_interval_over_seeds():
     assert said.startswith("not decided") and "known" not in said
     assert pairs_report.judge(results, "blind", "both sides centred", "gain") is None
     lines = pairs_report.table(results, ["real pairs"])
-    assert lines[2] == "| real pairs | 3 | 1.100 ± 0.248 | -1.100 ± 0.248 | 70, 70, 70 |"
+    assert lines[2] == "| real pairs | 3 | 1.100 ± 0.248 | -1.100 ± 0.248 | 4.250 | 70, 70, 70 |"
 
 
 def test_one_seed_decides_nothing():
@@ -152,21 +153,31 @@ def test_the_quick_version_trains_measures_reports_and_goes_on(tmp_path):
     script = [sys.executable, str(EXAMPLES / "text_instead_of_pairs.py"), "--out", str(tmp_path)]
     path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
-    said = []
-    for _ in range(2):  # the second has nothing left to train
+
+    def said_by(*arguments):
         run = subprocess.run(
-            [*script, "--quick"], env=environment, capture_output=True, text=True, timeout=900
+            [*script, "--quick", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
         )
         assert run.returncode == 0, run.stderr[-3000:]
-        said.append(run.stdout)
+        return run.stdout
+
+    said = [said_by(), said_by()]  # the second has nothing left to train
     assert "96 of 96 samples" in said[0] and "96 of 96 samples" not in said[1]
     (report,) = (tmp_path / "quick").glob("text_instead_of_pairs_*.json")
     found = json.loads(report.read_text())
     assert {one["arm"] for one in found["results"]} == set(pairs.QUICK_ARMS)
     for one in found["results"]:
         assert one["curve"][-1][1] < one["curve"][0][1]  # it learns
+        assert one["training_loss"] < one["curve"][0][1]
         assert one["samples"] == pairs.QUICK.measured
     table = report.with_suffix(".md").read_text()
     assert table in said[1] and all(f"| {arm} | 1 |" in table for arm in pairs.QUICK_ARMS)
     assert report.with_suffix(".png").stat().st_size > 10_000
     assert not list((tmp_path / "quick" / "runs").iterdir())
+    script[-1] = str(tmp_path / "elsewhere")
+    assert table in said_by("--go-on", str(report))
+    assert not (tmp_path / "elsewhere" / "quick" / "runs").exists()
