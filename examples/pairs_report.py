@@ -153,7 +153,7 @@ def draw(path: Path, results: Results, order: list[str]) -> None:
     pyplot.rcParams.update({"font.size": 14, "axes.spines.top": False, "axes.spines.right": False})
     figure, panel = pyplot.subplots(figsize=(11, 6), layout="constrained")
     short = [arm for arm in order if "times" not in arm]
-    colors = dict(zip(short, COLORS, strict=False))
+    colors, tops = dict(zip(short, COLORS, strict=False)), []
     for arm in order:
         curves = [result["curve"] for result in results[arm].values()]
         losses = np.array([[loss for _, loss in curve] for curve in curves])
@@ -162,7 +162,11 @@ def draw(path: Path, results: Results, order: list[str]) -> None:
         style = {"color": color, "ls": "--" if "times" in arm else "-"}
         panel.plot(steps, losses.mean(0), label=arm, lw=2, **style)
         panel.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.12, lw=0)
+        tops.append(losses.mean(0)[min(2, len(steps) - 1)])
     panel.set(xlabel="step", ylabel="loss on watched pictures", xscale="log")
+    panel.set_xticks(steps, map(str, steps))
+    panel.minorticks_off()
+    panel.set_ylim(top=max(tops) + 0.2)  # without the first steps, where it is far higher
     panel.legend(frameon=False)
     figure.savefig(path, dpi=75)
     pyplot.close(figure)

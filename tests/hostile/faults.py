@@ -26,7 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -57,14 +57,19 @@ def begin_again_preloaded(module: str) -> None:
             sys.exit(subprocess.run(command, env=environment).returncode)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def options_of(about: str, things: str, choices: Collection[str]) -> argparse.Namespace:
+    """Return the options of an attack with these things on every site of a command."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--command", choices=sorted(COMMANDS), default="align")
     parser.add_argument("--format", default="npy", help="of the shards, such as parquet")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--sites", type=int, help="draw this many for each kind (default: all)")
+    parser.add_argument(f"--{things}", nargs="+", choices=choices, default=list(choices))
+    parser.add_argument("--sites", type=int, help="draw this many for each (default: all)")
     parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = options_of(__doc__, "kinds", KINDS)
     begin_again_preloaded("hostile.faults")
     with tempfile.TemporaryDirectory() as folder:
         drawn = options.kinds, options.sites, options.seed

@@ -18,7 +18,6 @@ Prints one line of JSON for each change, and the faults. The full disk needs the
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -40,6 +39,7 @@ from hostile.faults import (
     different,
     files_of,
     is_shard,
+    options_of,
     run,
     write_sources,
 )
@@ -217,13 +217,7 @@ def attack(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--command", choices=sorted(COMMANDS), default="align")
-    parser.add_argument("--format", default="npy", help="of the shards, such as parquet")
-    parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
-    parser.add_argument("--sites", type=int, help="draw this many for each change (default: all)")
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
+    options = options_of(__doc__, "changes", CHANGES)
     begin_again_preloaded("hostile.surroundings")
     import torch
 
