@@ -84,7 +84,9 @@ def write(text: str = "", stream: TextIO | None = None, end: str = "\n") -> None
     stream = stream or sys.stdout
     try:
         if text:
-            stream.write(escaped(text) + end)
+            # A name may hold what a terminal would obey; JSON escapes in the same way.
+            text = re.sub("[\0-\b\v-\x1f\x80-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", escaped(text))
+            stream.write(text + end)
         stream.flush()
     except OSError as error:
         if stream not in (sys.stdout, sys.stderr):

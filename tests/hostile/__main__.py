@@ -5,7 +5,8 @@
 
 Every attack is a program of this folder, or the drawn tests of the ops. It appends to the log one
 line for its command (date, commit, machine, seconds, status) and what the program counted.
-docs/reliability.md says what each of them counts as a fault. The status is 1 if one found a fault.
+docs/reliability.md says what each of them counts as a fault, and what it needs. The status is 1 if
+one found a fault; of the mutants, the log says how many were noticed.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def main() -> None:
     where = f"{device}, {os.cpu_count()} cores, torch {torch.__version__}"
     environment = {"HYPOTHESIS_EXAMPLES": "2000"} | os.environ
     failed = False
+    options.log.open("a").close()  # where it cannot be written is said before hours of work
     for name in options.only:
         for command in ATTACKS[name]:
             print(f"+ {command}", flush=True)

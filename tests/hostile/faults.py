@@ -30,6 +30,8 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from hostile import at_least_one
+
 KINDS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EDQUOT": errno.EDQUOT}
 KINDS |= {"EMFILE": errno.EMFILE, "EINTR": errno.EINTR, "short": 0}
 # What a program repeats after a signal (signal(7)), and a short write or read.
@@ -63,7 +65,7 @@ def options_of(about: str, things: str, choices: Collection[str]) -> argparse.Na
     parser.add_argument("--command", choices=sorted(COMMANDS), default="align")
     parser.add_argument("--format", default="npy", help="of the shards, such as parquet")
     parser.add_argument(f"--{things}", nargs="+", choices=choices, default=list(choices))
-    parser.add_argument("--sites", type=int, help="draw this many for each (default: all)")
+    parser.add_argument("--sites", type=at_least_one, help="draw this many for each (default: all)")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 

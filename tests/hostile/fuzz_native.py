@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hostile import at_least_one
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ["parquet/*.cpp", "pickle/*.cpp", "window.cpp"]  # of csrc/io, without Python
 # The first byte of an input that is a parquet file, and the last of its head for nullable lists.
@@ -126,7 +128,7 @@ def fuzz(program: Path, corpus: Path, *, runs: int, seconds: int, seed: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=1_000_000)
+    parser.add_argument("--runs", type=at_least_one, default=1_000_000)
     parser.add_argument("--seconds", type=int, default=0, help="end after these seconds (0: never)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--corpus", type=Path, help="keep the inputs that reached new code here")

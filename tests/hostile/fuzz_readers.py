@@ -10,6 +10,7 @@ status is 1.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 import sys
@@ -19,6 +20,8 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from hostile import at_least_one
 
 NUMBERS = (0, 1, 2, 7, 127, 128, 255, 256, 32767, 65535, 1 << 31, (1 << 32) - 1, 1 << 62, -1)
 
@@ -125,7 +128,7 @@ def guided(name: str, count: int, seconds: int, corpus: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", nargs="*", help="all by default")
-    parser.add_argument("--inputs", type=int, default=1000, help="for each target")
+    parser.add_argument("--inputs", type=at_least_one, default=1000, help="for each target")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=int, default=0, help="of a guided run (0: no limit)")
     parser.add_argument("--guided", action="store_true", help="one target, by Atheris")
@@ -134,11 +137,15 @@ def main() -> None:
     warnings.simplefilter("ignore")
     options.corpus.mkdir(parents=True, exist_ok=True)
     if options.guided:
+        if len(options.targets) != 1 or not importlib.util.find_spec("atheris"):
+            parser.error("--guided takes one target, and needs atheris (pip install atheris)")
         (name,) = options.targets
         guided(name, options.inputs, options.seconds, options.corpus)
     from hostile.targets import targets
 
     names = options.targets or list(targets())
+    if unknown := set(names) - set(targets()):
+        parser.error(f"there are no {sorted(unknown)}; the targets are {' '.join(targets())}")
     sys.exit(bool(drawn(names, options.inputs, options.seed, options.corpus)))
 
 

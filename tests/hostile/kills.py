@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from support.kill_and_resume import child, tree
 
+from hostile import at_least_one
+
 ROOT = Path(__file__).parents[2]
 SAID = Path("said.txt")  # what the last run printed
 Files = dict[str, bytes]
@@ -259,7 +261,7 @@ def attack(name: str, kills: int, seed: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--command", nargs="+", choices=COMMANDS, default=list(COMMANDS))
-    parser.add_argument("--kills", type=int, default=30, help="of each command")
+    parser.add_argument("--kills", type=at_least_one, default=30, help="of each command")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)  # so that a fork has no threads to lose

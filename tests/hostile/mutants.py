@@ -39,6 +39,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from hostile import at_least_one
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -411,7 +413,7 @@ def print_summary(results: dict[tuple[str, int, str], dict[str, object]]) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--count", type=at_least_one, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("mutants.jsonl"))
     parser.add_argument("--files", nargs="+", choices=COVERED, default=list(COVERED))

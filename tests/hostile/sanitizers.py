@@ -27,6 +27,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from hostile import at_least_one
 from hostile.mutants import ROOT, copy_tree
 
 OPS = ["sum_rows", "align_rows", "align_rows_backward", "map_rows", "add_scatter", "memory"]
@@ -170,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tests", nargs="*", default=TESTS)
     parser.add_argument("--sanitizer", choices=SANITIZERS, required=True)
-    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--threads", type=at_least_one, default=4)
     parser.add_argument("--planted", action="store_true", help="expect to find planted faults")
     options = parser.parse_args()
     sanitizer = SANITIZERS[options.sanitizer]

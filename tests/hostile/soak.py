@@ -25,6 +25,7 @@ import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from hostile import at_least_one
 from hostile.faults import (
     COMMANDS,
     KINDS,
@@ -78,7 +79,7 @@ def soak(folder: Path, seconds: float, seed: int) -> dict[str, object]:
         assert status == 0, said
         clean[name] = files_of(place / "out")
     rounds, failed, faults = 0, 0, []
-    first = most = descriptors = 0
+    first = most = descriptors = grown = 0
     while time.monotonic() - begin < seconds:
         name, kind = chance.choice(FORMATS), chance.choice(list(KINDS))
         out, number = folder / name / "out", chance.randrange(calls[name])
@@ -116,7 +117,7 @@ def soak(folder: Path, seconds: float, seed: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=7200)
+    parser.add_argument("--seconds", type=at_least_one, default=7200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     begin_again_preloaded("hostile.soak")

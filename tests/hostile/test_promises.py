@@ -303,3 +303,19 @@ def test_hostile_names_in_a_report_stay_text(tmp_path):
     usual, hostile = map(Elements, pages)
     assert hostile.tags == usual.tags and hostile.active == usual.active
     assert "onerror=alert(1)>" not in pages[1] and "onerror=alert(1)&gt;" in pages[1]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_control_characters_of_a_name_do_not_reach_the_terminal(tmp_path, capsys, as_json):
+    name = "a\x1b[31mRED\x1b]0;title\x07\x9b1m.npy"
+    rows = rows_of(40)
+    rows[7] = np.nan
+    for side in ("text", "image"):
+        (tmp_path / side).mkdir()
+        np.save(tmp_path / side / name, rows)
+    sides = [f"--{side}={tmp_path / side}" for side in ("text", "image")]
+    assert main(["align", *sides, "--out", str(tmp_path / "out"), *["--json"][:as_json]])
+    out, err = capsys.readouterr()
+    assert not re.search("[\0-\b\v-\x1f\x80-\x9f]", out + err)
+    assert r"a\u001b[31mRED\u001b]0;title\u0007\u009b1m.npy" in err
+    assert not as_json or name in json.loads(out)["error"]["message"]
