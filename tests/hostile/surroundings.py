@@ -135,9 +135,9 @@ def no_descriptor(case: Case) -> None:
 
 def no_memory(case: Case) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    # With less to spare, CPython waits for ever for a thread that has no memory to begin with, and
-    # glibc ends a process whose thread has none for its variables.
-    limit = pages * resource.getpagesize() + (1 << 20)
+    # With less to spare, CPython may wait for ever for a thread that has no memory to begin with,
+    # and glibc ends a process whose thread has none for its variables.
+    limit = pages * resource.getpagesize() + (2 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
