@@ -286,7 +286,7 @@ def main() -> None:
             raise SystemExit(f"{options.go_on} has results of other settings: {report['settings']}")
         for result in report["results"]:
             file = out / "results" / f"{result['arm']} {result['seed']}.json"
-            result = {"machine": report["machine"]} | result
+            result = {"machine": report["machine"], "training_loss": math.nan} | result
             file.write_text(json.dumps(result, indent=1) + "\n")
     seeds = options.seeds or (1 if options.quick else SEEDS)
     arms = options.arms or (QUICK_ARMS if options.quick else tuple(ARMS))

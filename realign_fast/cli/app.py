@@ -66,7 +66,11 @@ def command(group: str, *examples: str) -> Callable[[CommandFunction], CommandFu
 
 
 def escaped(text: str, mark: str = "\\x") -> str:
-    """Return a text with the bytes of names that are not UTF-8 as a shell takes them in $'...'."""
+    """Return a text with the bytes of names that are not UTF-8 as a shell takes them in $'...'.
+
+    What a terminal would obey is escaped as in JSON.
+    """
+    text = re.sub("[\0-\b\v-\x1f\x80-\x9f]", lambda control: f"\\u{ord(control[0]):04x}", text)
     return re.sub("[\udc80-\udcff]", lambda byte: f"{mark}{ord(byte[0]) - 0xDC00:02x}", text)
 
 
@@ -84,9 +88,7 @@ def write(text: str = "", stream: TextIO | None = None, end: str = "\n") -> None
     stream = stream or sys.stdout
     try:
         if text:
-            # A name may hold what a terminal would obey; JSON escapes in the same way.
-            text = re.sub("[\0-\b\v-\x1f\x80-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", escaped(text))
-            stream.write(text + end)
+            stream.write(escaped(text) + end)
         stream.flush()
     except OSError as error:
         if stream not in (sys.stdout, sys.stderr):

@@ -219,9 +219,8 @@ def _train(
             layers = [nn.Linear(columns, reader.hidden), nn.GELU()]
         layers.append(nn.Linear(reader.hidden or columns, labels.shape[1]))
         network = nn.Sequential(*layers).to(rows.device)
-        decay = reader.weight_decay
         optimizer = torch.optim.AdamW(
-            network.parameters(), reader.rate, weight_decay=decay, fused=True
+            network.parameters(), reader.rate, weight_decay=reader.weight_decay, fused=True
         )
         stale, best = 0, (math.inf, network.state_dict())
         for step in range(1, reader.steps + 1):

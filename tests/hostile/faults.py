@@ -217,8 +217,8 @@ def run(
                 signal.alarm(SECONDS)
                 with redirect_stdout(said), redirect_stderr(said):
                     library.faults_arm(os.fsencode(out), ctypes.c_long(failing_call), error)
-                    act = ctypes.CFUNCTYPE(None)(action or int)
                     if action:
+                        act = ctypes.CFUNCTYPE(None)(action)  # the name keeps it while it is armed
                         library.faults_act(act)
                     status = command_line.main(arguments) or 0
                     calls, failed = library.faults_calls(), library.faults_failed()

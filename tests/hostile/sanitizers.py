@@ -38,7 +38,7 @@ TESTS += [f"tests/corpus/test_{name}.py" for name in READERS]
 LEFT_OUT = "not ptx and not reference and not triton"
 # Tests of memory: a sanitizer needs its own, and keeps what was freed, to see its use.
 LEFT_OUT += " and not freed_by_another_thread and not peak_memory"
-BEGIN = r"^={18}$|^=+$|(?=^\S+: runtime error: )"  # of a report
+BEGIN = r"^=+$|(?=^\S+: runtime error: )"  # of a report
 LIBRARIES = {"_C.abi3.so": "csrc/cpu/", "_io.abi3.so": "csrc/io/"}  # and their sources
 
 

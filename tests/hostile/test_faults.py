@@ -48,9 +48,9 @@ def test_failed_calls_leave_whole_shards_and_a_run_that_continues(command, sites
 
 @preloads
 def test_surroundings_that_change_leave_the_bytes_of_a_run_and_one_that_continues():
-    changes, said = attack("--sites", "2", module="hostile.surroundings")
-    assert not changes["faults"], said
+    _, said = attack("--sites", "2", module="hostile.surroundings")
     lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert not any(line.get("faults") for line in lines), said
     tried = {line["change"]: line["tried"] for line in lines}
     assert set(tried) == set(CHANGES)
     assert all(count == 2 for change, count in tried.items() if change != "a full disk"), said
